@@ -1,0 +1,29 @@
+"""SparseOpt and dynamic sparse training around any optax optimizer."""
+
+from sparseopt_jax.distributions import ER as ER
+from sparseopt_jax.distributions import ERK as ERK
+from sparseopt_jax.distributions import PerLayer as PerLayer
+from sparseopt_jax.distributions import Uniform as Uniform
+from sparseopt_jax.masks import apply_masks as apply_masks
+from sparseopt_jax.masks import check_masks as check_masks
+from sparseopt_jax.masks import default_prunable as default_prunable
+from sparseopt_jax.masks import density as density
+from sparseopt_jax.masks import fan_in as fan_in
+from sparseopt_jax.masks import init_masks as init_masks
+from sparseopt_jax.masks import scale_to_fan_in as scale_to_fan_in
+from sparseopt_jax.preconditioner import MissingMasksError as MissingMasksError
+from sparseopt_jax.preconditioner import scale_by_sparseopt as scale_by_sparseopt
+from sparseopt_jax.preconditioner import sparseopt as sparseopt
+from sparseopt_jax.selection import random_mask as random_mask
+from sparseopt_jax.selection import top_k_mask as top_k_mask
+from sparseopt_jax.sparse_training import SparseTraining as SparseTraining
+from sparseopt_jax.sparse_training import sparse_training as sparse_training
+from sparseopt_jax.sparse_training import update_topology as update_topology
+from sparseopt_jax.state import SparseTrainingState as SparseTrainingState
+from sparseopt_jax.state import get_masks as get_masks
+from sparseopt_jax.state import set_masks as set_masks
+from sparseopt_jax.topology import SET as SET
+from sparseopt_jax.topology import RigL as RigL
+from sparseopt_jax.topology import Static as Static
+
+__version__ = "0.1.0"

@@ -1,0 +1,262 @@
+"""How many weights each layer keeps: Uniform, ER, ERK and PerLayer.
+
+A distribution is a frozen value. It sees the layers' shapes only and answers with integers, so the
+kept weights hit the target sparsity over the layers in its budget up to half a weight a layer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Overrides: TypeAlias = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same sparsity in every layer, the first one dense.
+
+    The dense first layer is not compensated by the others, as in RigL, so the model as a whole
+    keeps a little more than ``1 - sparsity`` of its weights.
+
+    Attributes:
+      sparsity: share of weights that a layer gives up, in [0, 1).
+      dense_first: True keeps the first layer dense: the convolution kernel with the fewest input
+        channels (its second to last axis) or, without convolutions, the first path in natural
+        order. False makes it sparse like the others; a path names the layer that stays dense.
+      overrides: sparsity by glob pattern over the path (``"head/*"``; ``*`` matches ``/`` too),
+        for layers that stand outside the rule; the first pattern that matches counts.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: a sparsity outside [0, 1); from ``layer_counts``: a pattern or path that matches
+        no layer, a layer that would keep no weight, or no telling which layer is the first.
+
+    Source: RigL (arXiv 1911.11134), section 3, "Uniform".
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> layers = {"stem/kernel": (3, 3, 3, 16), "conv/kernel": (3, 3, 16, 16)}
+      >>> sx.Uniform(0.9).layer_counts(layers)
+      {'stem/kernel': 432, 'conv/kernel': 230}
+    """
+
+    sparsity: float
+    dense_first: bool | str = True
+    overrides: Overrides | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_sparsity("sparsity", self.sparsity)
+        _check_overrides(self.overrides)
+        if not isinstance(self.dense_first, bool | str):
+            raise TypeError(
+                f"dense_first must be True, False or a layer's path, got {self.dense_first!r}"
+            )
+
+    def layer_counts(self, layers: Shapes) -> dict[str, int]:
+        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        sparsities = dict.fromkeys(layers, self.sparsity)
+        if self.dense_first is not False:
+            sparsities[self._first(layers)] = 0.0
+        sparsities |= _overridden(layers, self.overrides)
+        return _counts(layers, {path: 1.0 - s for path, s in sparsities.items()})
+
+    def _first(self, layers: Shapes) -> str:
+        if isinstance(self.dense_first, str):
+            if self.dense_first not in layers:
+                raise ValueError(
+                    f"dense_first={self.dense_first!r} is none of the layers: {', '.join(layers)}"
+                )
+            return self.dense_first
+        convolutions = {path: shape[-2] for path, shape in layers.items() if len(shape) > 2}
+        if not convolutions:
+            return min(layers, key=_natural_order)
+        fewest = min(convolutions.values())
+        first = [path for path, channels in convolutions.items() if channels == fewest]
+        if len(first) > 1:
+            raise ValueError(
+                f"dense_first=True cannot tell which layer is the first: {', '.join(first)} all "
+                f"have {fewest} input channels. Name it, dense_first={first[0]!r}, or pass False"
+            )
+        return first[0]
+
+
+@dataclass(frozen=True)
+class ER:
+    """Erdős-Rényi: density in proportion to (n_in + n_out) / (n_in * n_out).
+
+    ``n_in`` and ``n_out`` are the last two axes; the size of a convolution's window does not count
+    (see ``ERK``). Layers that would be over-full become dense and the rest is solved again.
+
+    Attributes:
+      sparsity: share of weights that the layers give up together, in [0, 1).
+      overrides: sparsity by glob pattern over the path, for layers that stand outside the budget;
+        the first pattern that matches counts.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: a sparsity outside [0, 1); from ``layer_counts``: a pattern that matches no
+        layer, or a layer that would keep no weight.
+
+    Source: Mocanu et al., SET (arXiv 1707.04780), equation 1; RigL (arXiv 1911.11134), section 3.
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> sx.ER(0.9).layer_counts({"a/kernel": (100, 100), "b/kernel": (100, 10)})
+      {'a/kernel': 710, 'b/kernel': 390}
+    """
+
+    sparsity: float
+    overrides: Overrides | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_sparsity("sparsity", self.sparsity)
+        _check_overrides(self.overrides)
+
+    def layer_counts(self, layers: Shapes) -> dict[str, int]:
+        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        raw = {path: sum(shape[-2:]) / math.prod(shape[-2:]) for path, shape in layers.items()}
+        return _budgeted(layers, raw, self.sparsity, self.overrides)
+
+
+@dataclass(frozen=True)
+class ERK:
+    """Erdős-Rényi-Kernel: density in proportion to sum(shape) / prod(shape).
+
+    Small layers keep more than large ones. Layers that would be over-full become dense and the
+    rest is solved again, so that the kept weights still add up to the target.
+
+    Attributes:
+      sparsity: share of weights that the layers give up together, in [0, 1).
+      overrides: sparsity by glob pattern over the path, for layers that stand outside the budget;
+        the first pattern that matches counts.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: a sparsity outside [0, 1); from ``layer_counts``: a pattern that matches no
+        layer, or a layer that would keep no weight.
+
+    Source: RigL (arXiv 1911.11134), section 3, "Erdős-Rényi-Kernel (ERK)".
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> sx.ERK(0.9).layer_counts({"conv": (3, 3, 64, 64), "head": (64, 10)})
+      {'conv': 3110, 'head': 640}
+    """
+
+    sparsity: float
+    overrides: Overrides | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_sparsity("sparsity", self.sparsity)
+        _check_overrides(self.overrides)
+
+    def layer_counts(self, layers: Shapes) -> dict[str, int]:
+        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        raw = {path: sum(shape) / math.prod(shape) for path, shape in layers.items()}
+        return _budgeted(layers, raw, self.sparsity, self.overrides)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A sparsity for each layer by pattern; layers that no pattern matches stay dense.
+
+    Attributes:
+      sparsities: sparsity in [0, 1) by glob pattern over the path; the first match counts.
+
+    Raises:
+      TypeError: ``sparsities`` is no mapping of numbers.
+      ValueError: it is empty, or a sparsity lies outside [0, 1); from ``layer_counts``: a pattern
+        that matches no layer, or a layer that would keep no weight.
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> sx.PerLayer({"conv*": 0.75}).layer_counts({"conv1": (4, 4), "head": (4, 2)})
+      {'conv1': 4, 'head': 8}
+    """
+
+    sparsities: Overrides = field(hash=False)
+
+    def __post_init__(self) -> None:
+        _check_overrides(self.sparsities, name="sparsities")
+        if not self.sparsities:
+            raise ValueError("sparsities must name at least one layer, got an empty mapping")
+
+    def layer_counts(self, layers: Shapes) -> dict[str, int]:
+        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        chosen = _overridden(layers, self.sparsities, name="sparsities")
+        return _counts(layers, {path: 1.0 - chosen.get(path, 0.0) for path in layers})
+
+
+def _budgeted(
+    layers: Shapes, raw: Mapping[str, float], sparsity: float, overrides: Overrides | None
+) -> dict[str, int]:
+    """Densities ``min(1, eps * raw)`` with ``eps`` such that the kept weights meet the budget."""
+    densities = {path: 1.0 - s for path, s in _overridden(layers, overrides).items()}
+    sizes = {path: math.prod(shape) for path, shape in layers.items() if path not in densities}
+    budget = (1.0 - sparsity) * sum(sizes.values())
+    # The layers with the largest raw density fill up first.
+    open_paths = sorted(sizes, key=lambda path: raw[path])
+    while open_paths:
+        eps = budget / sum(raw[path] * sizes[path] for path in open_paths)
+        if eps * raw[open_paths[-1]] <= 1.0:
+            densities |= {path: eps * raw[path] for path in open_paths}
+            break
+        full = open_paths.pop()
+        densities[full] = 1.0
+        budget -= sizes[full]
+    return _counts(layers, densities)
+
+
+def _counts(layers: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
+    counts = {path: round(densities[path] * math.prod(shape)) for path, shape in layers.items()}
+    for path, count in counts.items():
+        if count == 0:
+            raise ValueError(
+                f"layer {path!r} of shape {layers[path]} would keep no weight at a density of "
+                f"{densities[path]:.3g}; lower the sparsity or give it its own in overrides, "
+                f"for example {{{path!r}: 0.5}}"
+            )
+    return counts
+
+
+def _overridden(
+    layers: Shapes, overrides: Overrides | None, name: str = "overrides"
+) -> dict[str, float]:
+    chosen: dict[str, float] = {}
+    for pattern, sparsity in (overrides or {}).items():
+        matching = [path for path in layers if fnmatchcase(path, pattern)]
+        if not matching:
+            raise ValueError(
+                f"{name} pattern {pattern!r} matches none of the layers: {', '.join(layers)}"
+            )
+        chosen = dict.fromkeys(matching, sparsity) | chosen
+    return chosen
+
+
+def _check_sparsity(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1): the share of weights removed, got {value}")
+
+
+def _check_overrides(overrides: object, name: str = "overrides") -> None:
+    if overrides is None:
+        return
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{name} must map path patterns to sparsities, got {overrides!r}")
+    for pattern, sparsity in overrides.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} patterns must be strings, got {pattern!r}")
+        _check_sparsity(f"{name}[{pattern!r}]", sparsity)
+
+
+def _natural_order(path: str) -> list[tuple[int, str]]:
+    """Sort key under which ``Dense_2`` comes before ``Dense_10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]

@@ -1,0 +1,332 @@
+"""Mask pytrees: which weights of a model are active.
+
+A mask tree has the structure of the parameters, and every leaf is a bool array of its parameter's
+shape. Leaves that are never sparse (biases, norm scales, embeddings) are True everywhere, so that
+``jax.tree.map(f, params, masks)`` works on all of them alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparseopt_jax.selection import checked_size, random_masks
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Prunable: TypeAlias = Callable[[str, Any], bool]
+OutAxes: TypeAlias = int | Sequence[int]
+
+
+class Distribution(Protocol):
+    """How many weights each layer keeps; see ``Uniform``, ``ER``, ``ERK`` and ``PerLayer``."""
+
+    def layer_counts(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        ...
+
+
+_NOT_KERNELS = re.compile(r"embed|norm|bias|scale", re.IGNORECASE)
+
+
+def default_prunable(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a kernel, going by its rank and its path.
+
+    Args:
+      path: the leaf's path, parts joined by ``/``, for example ``"Dense_0/kernel"``.
+      leaf: anything with ``ndim``.
+
+    Returns:
+      True for leaves of two and more dimensions unless a part of the path contains ``embed``,
+      ``norm``, ``bias`` or ``scale`` in any case (embedding tables, stacked norms and biases).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> sx.default_prunable("Dense_0/kernel", jnp.ones((3, 4)))
+      True
+      >>> sx.default_prunable("token_embed/embedding", jnp.ones((3, 4)))
+      False
+    """
+    return leaf.ndim >= 2 and not _NOT_KERNELS.search(path)
+
+
+def path_str(path: tuple[Any, ...]) -> str:
+    """A key path of ``jax.tree_util`` as ``"a/b/c"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_hidden(leaf: Any) -> bool:
+    """Whether a node stands for a leaf that is left out of a tree, as in ``optax.masked``."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, in the tree's order."""
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def maskable_layers(params: PyTree, prunable: Prunable) -> dict[str, tuple[int, ...]]:
+    """Shapes by path of the leaves that ``prunable`` chooses.
+
+    Raises:
+      TypeError: ``prunable`` is not callable, or chooses a leaf that is not floating.
+      ValueError: it chooses none, or a leaf too large to count in int32.
+    """
+    if not callable(prunable):
+        raise TypeError(f"prunable must be a function of (path, leaf), got {prunable!r}")
+    leaves = named_leaves(params)
+    chosen = {path: leaf for path, leaf in leaves.items() if prunable(path, leaf)}
+    if not chosen:
+        raise ValueError(
+            "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
+            "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
+            f"params has {_listed(f'{path} {leaf.shape}' for path, leaf in leaves.items())}"
+        )
+    for path, leaf in chosen.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"params leaf {path!r} has dtype {leaf.dtype}; only floating parameters can be "
+                "sparse. Convert it, or leave it out with prunable"
+            )
+        checked_size(leaf.shape)
+    return {path: tuple(leaf.shape) for path, leaf in chosen.items()}
+
+
+def init_masks(
+    key: Array,
+    params: PyTree,
+    distribution: Distribution,
+    *,
+    prunable: Prunable = default_prunable,
+) -> PyTree:
+    """Random masks with exactly the number of active weights that ``distribution`` gives a layer.
+
+    Args:
+      key: a JAX random key, may be traced.
+      params: the model's parameters.
+      distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``.
+      prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
+
+    Returns:
+      Bool arrays in the structure and shapes of ``params``, True where a weight is active.
+
+    Raises:
+      TypeError: a leaf chosen by ``prunable`` is not floating.
+      ValueError: nothing is prunable, or the distribution does not fit the layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> masks = sx.init_masks(jax.random.key(0), params, sx.ERK(0.75))
+      >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
+      (8, 4)
+    """
+    layers = maskable_layers(params, prunable)
+    counts = distribution.layer_counts(layers)
+    # Layers of the same shape are drawn together, which keeps the compiled program small.
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for path, shape in layers.items():
+        alike.setdefault(shape, []).append(path)
+    k = jnp.array([counts[path] for paths in alike.values() for path in paths], jnp.int32)
+    stacks = random_masks(key, [(len(paths), *shape) for shape, paths in alike.items()], k)
+    masks = {
+        path: stack[i]
+        for paths, stack in zip(alike.values(), stacks, strict=True)
+        for i, path in enumerate(paths)
+    }
+
+    def init(path: tuple[Any, ...], leaf: Any) -> Array:
+        name = path_str(path)
+        return masks[name] if name in masks else jnp.ones(jnp.shape(leaf), jnp.bool_)
+
+    return jax.tree_util.tree_map_with_path(init, params)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Set the weights that are not active to exactly zero.
+
+    Args:
+      params: pytree of arrays.
+      masks: bool arrays of the same structure and shapes.
+
+    Returns:
+      ``params`` with zeros where the masks are False; also where a weight was NaN or infinite.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: structure or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> params, masks = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])}
+      >>> sx.apply_masks(params, masks)["w"].tolist()
+      [1.0, 0.0]
+    """
+    check_masks(masks, params)
+    return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, masks)
+
+
+def fan_in(mask: Array, out_axes: OutAxes = -1) -> Array:
+    """Number of active incoming weights of each neuron (output unit).
+
+    Args:
+      mask: bool array, a layer's mask.
+      out_axes: the axis or axes that index neurons; all others are incoming. The last axis is right
+        for Flax's Dense (in, out) and Conv (height, width, in, out) kernels.
+
+    Returns:
+      int32 array of the shape of the out axes, in the order in which the mask has them.
+
+    Raises:
+      TypeError: the mask is not bool.
+      ValueError: ``out_axes`` does not fit the mask's rank.
+
+    Source: SparseOpt (arXiv 2605.27541), where the sparsity of neuron i is 1 - fan_in_i / N.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> sx.fan_in(jnp.array([[True, False], [True, True]])).tolist()
+      [2, 1]
+    """
+    axes = in_axes(mask.ndim, out_axes)
+    return jnp.sum(_checked_bool(mask, "mask"), axis=axes, dtype=jnp.int32)
+
+
+def in_axes(ndim: int, out_axes: OutAxes) -> tuple[int, ...]:
+    """The axes of an array of rank ``ndim`` that are not among ``out_axes``."""
+    axes = (out_axes,) if isinstance(out_axes, int) else tuple(out_axes)
+    if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in axes):
+        raise ValueError(
+            f"out_axes must lie in [-{ndim}, {ndim}) for an array of {ndim} dimensions, "
+            f"got {out_axes!r}"
+        )
+    positive = {axis % ndim for axis in axes}
+    if len(positive) != len(axes) or not axes:
+        raise ValueError(f"out_axes must name different axes, at least one, got {out_axes!r}")
+    return tuple(axis for axis in range(ndim) if axis not in positive)
+
+
+def density(masks: PyTree) -> PyTree:
+    """Share of active weights of each leaf.
+
+    Args:
+      masks: pytree of bool arrays; a single array is a tree too.
+
+    Returns:
+      float32 scalars in the structure of ``masks``; 1 for an empty leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> float(sx.density(jnp.array([True, False, False, False])))
+      0.25
+    """
+
+    def share(mask: Array) -> Array:
+        active = jnp.sum(_checked_bool(mask, "masks"), dtype=jnp.int32)
+        return active.astype(jnp.float32) / max(mask.size, 1) if mask.size else jnp.float32(1)
+
+    return jax.tree.map(share, masks)
+
+
+def scale_to_fan_in(params: PyTree, masks: PyTree, out_axes: OutAxes = -1) -> PyTree:
+    """Rescale freshly initialised weights to the fan-in that each neuron has left.
+
+    An initializer draws weights with a variance of c / N for a dense fan-in of N; a neuron with
+    only ``fan_in_i`` active weights needs c / fan_in_i for the same output variance. Each neuron's
+    weights are multiplied by sqrt(N / fan_in_i), and the masks are applied.
+
+    Args:
+      params: pytree of floating arrays.
+      masks: bool arrays of the same structure and shapes.
+      out_axes: see ``fan_in``.
+
+    Returns:
+      The rescaled, masked parameters, dtypes unchanged. Leaves of fewer than two dimensions and
+      dense leaves stay as they are, bit for bit.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: structure or shapes differ.
+
+    Source: Evci et al., Gradient Flow in Sparse Neural Networks (arXiv 2010.03533), section 3.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> mask = jnp.array([[True], [False], [False], [False]])
+      >>> sx.scale_to_fan_in(jnp.ones((4, 1)), mask)[:, 0].tolist()
+      [2.0, 0.0, 0.0, 0.0]
+    """
+    check_masks(masks, params)
+
+    def scale(p: Array, m: Array) -> Array:
+        if p.ndim >= 2:
+            axes = in_axes(p.ndim, out_axes)
+            active = jnp.sum(m, axis=axes, keepdims=True, dtype=jnp.int32)
+            dense = np.prod([p.shape[axis] for axis in axes])
+            gain = jnp.sqrt(jnp.float32(dense) / jnp.maximum(active, 1).astype(jnp.float32))
+            p = p * gain.astype(p.dtype)
+        return jnp.where(m, p, jnp.zeros_like(p))
+
+    return jax.tree.map(scale, params, masks)
+
+
+def check_masks(masks: PyTree, params: PyTree) -> None:
+    """Raise unless ``masks`` are bool arrays of the structure and shapes of ``params``.
+
+    Args:
+      masks: what to check.
+      params: the tree that they must fit; anything with shapes.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: structure or shapes differ; the message names the first leaf that does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> sx.check_masks({"w": jnp.ones((2, 3), bool)}, {"w": jnp.ones((2, 3))})
+    """
+    if jax.tree.structure(masks) != jax.tree.structure(params):  # type: ignore[operator]
+        given, expected = named_leaves(masks), named_leaves(params)
+        missing = [path for path in expected if path not in given]
+        extra = [path for path in given if path not in expected]
+        if missing or extra:
+            detail = f"missing: {_listed(missing)}; not in params: {_listed(extra)}"
+        else:
+            detail = f"{jax.tree.structure(masks)} against {jax.tree.structure(params)}"
+        raise ValueError(f"masks must have the tree structure of params; {detail}")
+    for (path, mask), param in zip(
+        jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(params), strict=True
+    ):
+        name = f"masks leaf {path_str(path)!r}"
+        _checked_bool(mask, name)
+        if np.shape(mask) != np.shape(param):
+            raise ValueError(
+                f"{name} has shape {np.shape(mask)}, but its parameter has {np.shape(param)}; "
+                "masks must fit the parameters they were made for"
+            )
+
+
+def _checked_bool(mask: Any, name: str) -> Any:
+    if getattr(mask, "dtype", None) != np.bool_:
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"{name} must be a bool array, got {kind}")
+    return mask
+
+
+def _listed(names: Any, at_most: int = 8) -> str:
+    names = list(names)
+    shown = ", ".join(names[:at_most]) or "none"
+    return shown + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

@@ -1,0 +1,237 @@
+"""SparseOpt's per-neuron preconditioner as an optax gradient transformation.
+
+Behind batch normalisation the gradient of a neuron with sparsity s_i is longer by
+(1 - s_i)^(-1/2) than its dense counterpart's. Where the neurons of a layer differ in s_i, the
+layer's gradient is rotated too. SparseOpt multiplies it by sqrt(1 - s_i), over the layer's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparseopt_jax.masks import OutAxes, check_masks, in_axes, is_hidden, path_str
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+_AVERAGES = ("layer", "network", None)
+
+
+class MissingMasksError(ValueError):
+    """Raised by a transformation that reads the extra argument ``masks`` and did not get it."""
+
+
+def scale_by_sparseopt(
+    average_over: str | None = "layer",
+    out_axes: OutAxes = -1,
+    layers: Callable[[str], bool] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Correct the gradient of every neuron for its sparsity.
+
+    With fan_in_i the active and N the dense fan-in of neuron i, so that 1 - s_i = fan_in_i / N, the
+    gradient of its weights is multiplied by
+
+        sqrt(1 - s_i) / sqrt(1 - s_avg).
+
+    Dense layers, and with ``average_over="layer"`` also layers of equal fan-in, pass unchanged, bit
+    for bit. A neuron without active weights gets the factor 0.
+
+    Place it before SGD-like optimizers. Ahead of a scale-invariant one (Adam, Lion) a constant
+    factor per neuron largely cancels; place it after the adaptive scaling there.
+
+    Args:
+      average_over: s_avg is the mean over the neurons of the ``"layer"`` (the paper), over those of
+        all sparse layers of the ``"network"``, or None: no average, the factor is sqrt(1 - s_i).
+      out_axes: the axis or axes of a kernel that index neurons; see ``fan_in``.
+      layers: predicate over the path (``"Dense_0/kernel"``) of a leaf; where it is False the
+        gradient passes unchanged. Leave out layers that no normalisation follows: without one the
+        effect does not arise. Leaves of fewer than two dimensions always pass unchanged.
+
+    Returns:
+      A stateless transformation. Its ``update`` reads the extra argument ``masks`` (bool arrays in
+      the structure and shapes of the updates), which ``sparse_training`` passes by itself, and
+      optionally ``fan_in``: int32 arrays of the active fan-in with the incoming axes kept as 1,
+      so that the masks need not be counted again on each step. Factors are computed in float32
+      and cast to the gradient's dtype.
+
+    Raises:
+      TypeError, ValueError: for an unknown ``average_over``, ``layers`` that is not callable, and
+        in ``update`` for masks that are missing or do not fit.
+
+    Source: SparseOpt (arXiv 2605.27541), the update rule
+    w <- w - eta / sqrt(1 - s_avg) * D g with D = diag(sqrt(1 - s_i)).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> masks = {"kernel": jnp.array([[True, True], [True, False], [True, False], [True, False]])}
+      >>> grads = {"kernel": jnp.ones((4, 2))}
+      >>> tx = sx.scale_by_sparseopt(average_over=None)
+      >>> updates, _ = tx.update(grads, tx.init(grads), masks=masks)
+      >>> updates["kernel"][0].tolist()
+      [1.0, 0.5]
+    """
+    if average_over not in _AVERAGES:
+        raise ValueError(f"average_over must be 'layer', 'network' or None, got {average_over!r}")
+    if layers is not None and not callable(layers):
+        raise TypeError(f"layers must be a function of a leaf's path, or None, got {layers!r}")
+    in_axes(32, out_axes)  # Raises where no kernel could have such axes.
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: PyTree,
+        state: optax.EmptyState,
+        params: PyTree | None = None,
+        *,
+        masks: PyTree | None = None,
+        fan_in: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params, extra_args
+        if masks is None:
+            raise MissingMasksError(
+                "masks is missing: scale_by_sparseopt needs the masks of the weights. Wrap the "
+                "optimizer in sparse_training, or pass update(grads, state, params, masks=masks)"
+            )
+        counts = neuron_fan_in(masks, updates, out_axes, fan_in, layers)
+        return scale_by_fan_in(updates, counts, average_over), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def sparseopt(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+    *,
+    average_over: str | None = "layer",
+    out_axes: OutAxes = -1,
+    layers: Callable[[str], bool] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The paper's optimizer: SparseOpt's preconditioner ahead of SGD with momentum.
+
+    The gradient is corrected first, so weight decay is not scaled by the correction.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      momentum: decay of the momentum, or None for plain SGD.
+      nesterov: whether to use Nesterov's momentum.
+      weight_decay: factor of the L2 penalty's gradient, added ahead of the momentum as in SGD.
+      mask: which leaves decay, as in ``optax.add_decayed_weights``; by default those of two and
+        more dimensions.
+      average_over: see ``scale_by_sparseopt``.
+      out_axes: see ``scale_by_sparseopt``.
+      layers: see ``scale_by_sparseopt``.
+
+    Returns:
+      A gradient transformation; wrap it in ``sparse_training`` or pass ``masks`` to its ``update``.
+
+    Raises:
+      TypeError, ValueError: as ``scale_by_sparseopt``.
+
+    Source: SparseOpt (arXiv 2605.27541).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> tx = sx.sparseopt(0.5, weight_decay=0.1)
+      >>> masks = {"kernel": jnp.ones((4, 2), bool)}
+      >>> updates, state = tx.update(params, tx.init(params), params, masks=masks)
+      >>> round(float(updates["kernel"][0, 0]), 6)
+      -0.55
+    """
+    return optax.chain(
+        scale_by_sparseopt(average_over, out_axes, layers),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.sgd(learning_rate, momentum, nesterov),
+    )
+
+
+def neuron_fan_in(
+    masks: PyTree,
+    updates: PyTree,
+    out_axes: OutAxes,
+    fan_in: PyTree | None = None,
+    layers: Callable[[str], bool] | None = None,
+) -> PyTree:
+    """Active fan-in of each neuron, kept dimensions; MaskedNode for leaves that are not corrected.
+
+    ``fan_in`` are counts that were kept from an earlier step. Their shape says over which axes they
+    were summed; where those are not ``out_axes``'s complement, the mask is counted again.
+    """
+    # Inside optax.masked and optax.partition, a part of the updates is replaced by MaskedNode.
+    if not any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
+        check_masks(masks, updates)
+
+    def count(path: tuple[Any, ...], update: Any, mask: Any, kept: Any) -> Any:
+        if is_hidden(update) or jnp.ndim(update) < 2:
+            return optax.MaskedNode()
+        if layers is not None and not layers(path_str(path)):
+            return optax.MaskedNode()
+        if fan_in is not None and is_hidden(kept):
+            return optax.MaskedNode()
+        axes = in_axes(mask.ndim, out_axes)
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(mask.shape))
+        if fan_in is not None and kept.shape == shape:
+            return kept
+        return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+
+    kept = masks if fan_in is None else fan_in
+    return jax.tree_util.tree_map_with_path(count, updates, masks, kept, is_leaf=is_hidden)
+
+
+def scale_by_fan_in(updates: PyTree, counts: PyTree, average_over: str | None) -> PyTree:
+    """Multiply each neuron's update by its factor; ``counts`` as ``neuron_fan_in`` gives them."""
+    network_density = None
+    if average_over == "network":
+        network_density = _mean_density_of_sparse_layers(updates, counts)
+
+    def scale(update: Any, count: Any) -> Any:
+        if is_hidden(update) or is_hidden(count):
+            return update
+        total = jnp.sum(count)
+        if average_over == "layer":
+            # fan_in_i * neurons / total is exactly 1 where fan_in_i is the mean, in integers.
+            ratio = _ratio(count * count.size, jnp.maximum(total, 1))
+        else:
+            ratio = _ratio(count, update.size // count.size)
+            if network_density is not None:
+                ratio = jnp.where(total == update.size, 1.0, ratio / network_density)
+        return update * jnp.sqrt(ratio).astype(update.dtype)
+
+    return jax.tree.map(scale, updates, counts, is_leaf=is_hidden)
+
+
+def _mean_density_of_sparse_layers(updates: PyTree, counts: PyTree) -> Array:
+    """Mean of 1 - s_i over the neurons of the layers that are not dense; 1 where there are none."""
+    neurons, densities = [], []
+    for update, count in zip(
+        jax.tree.leaves(updates, is_leaf=is_hidden),
+        jax.tree.leaves(counts, is_leaf=is_hidden),
+        strict=True,
+    ):
+        if is_hidden(update) or is_hidden(count):
+            continue
+        total = jnp.sum(count)
+        is_sparse = total < update.size
+        neurons.append(jnp.where(is_sparse, jnp.float32(count.size), 0.0))
+        # The layer's sum of fan_in_i / N over its neurons.
+        densities.append(jnp.where(is_sparse, _ratio(total, update.size // count.size), 0.0))
+    total_density, total_neurons = sum(densities, jnp.float32(0)), sum(neurons, jnp.float32(0))
+    # No active weight in any sparse layer: every factor is 0 / 1 then.
+    return jnp.where(total_density > 0, total_density / jnp.maximum(total_neurons, 1.0), 1.0)
+
+
+def _ratio(part: Array, whole: Any) -> Array:
+    return part.astype(jnp.float32) / jnp.asarray(whole).astype(jnp.float32)

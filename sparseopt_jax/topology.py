@@ -1,0 +1,388 @@
+"""When and how the set of active weights changes: Static, SET and RigL.
+
+A topology is a frozen value with a pure ``update(key, step, masks, params, scores) -> masks`` that
+works on whatever leaves it is given. It remembers nothing: what must be kept between updates lives
+in the state of ``sparse_training``. Layers of the same shape are updated together, which keeps the
+compiled program small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from sparseopt_jax.masks import check_masks
+from sparseopt_jax.selection import Stacks, random_masks, top_k_masks
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+
+class Topology(Protocol):
+    """What ``sparse_training`` asks of a topology; ``Static``, ``SET`` and ``RigL`` have it."""
+
+    @property
+    def skip_step(self) -> bool:
+        """Whether no weight moves on the step of an update."""
+        ...
+
+    @property
+    def grow_by(self) -> str:
+        """``"gradient"`` or ``"corrected_gradient"``: what ``scores`` are to be."""
+        ...
+
+    @property
+    def accumulate_steps(self) -> int:
+        """Over how many steps, the update's own included, ``scores`` are to be summed."""
+        ...
+
+    def is_update_step(self, step: Any) -> Any:
+        """Whether the masks change on this step."""
+        ...
+
+    def in_accumulation_window(self, step: Any) -> Any:
+        """Whether this step's gradient counts towards the scores of the next update."""
+        ...
+
+    def update(
+        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+    ) -> PyTree:
+        """The masks after one update."""
+        ...
+
+
+@dataclass(frozen=True)
+class Static:
+    """Masks that never change.
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> sx.Static().is_update_step(100)
+      False
+    """
+
+    skip_step: ClassVar[bool] = False
+    grow_by: ClassVar[str] = "gradient"
+    accumulate_steps: ClassVar[int] = 1
+
+    def is_update_step(self, step: Any) -> Any:
+        """Never."""
+        return False
+
+    def in_accumulation_window(self, step: Any) -> Any:
+        """Never."""
+        return False
+
+    def update(
+        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+    ) -> PyTree:
+        """The masks as they are."""
+        return masks
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    """The schedule that SET and RigL share: when to update, and how much to drop."""
+
+    interval: int
+    drop_fraction: float
+    end_step: int
+    begin_step: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("interval", self.interval, at_least=1)
+        _check_int("end_step", self.end_step, at_least=0)
+        if isinstance(self.drop_fraction, bool) or not isinstance(self.drop_fraction, int | float):
+            raise TypeError(f"drop_fraction must be a number in (0, 1), got {self.drop_fraction!r}")
+        if not 0.0 < self.drop_fraction < 1.0:
+            raise ValueError(
+                "drop_fraction must lie in (0, 1): the share of a layer's active weights that the "
+                f"first updates replace, got {self.drop_fraction}"
+            )
+        if self.begin_step is not None:
+            _check_int("begin_step", self.begin_step, at_least=0)
+        if self.end_step < self._begin:
+            begin = "begin_step" if self.begin_step is not None else "begin_step (one interval)"
+            raise ValueError(
+                f"end_step must not come before {begin}: got end_step={self.end_step}, "
+                f"{begin}={self._begin}"
+            )
+
+    @property
+    def _begin(self) -> int:
+        return self.interval if self.begin_step is None else self.begin_step
+
+    def is_update_step(self, step: Any) -> Any:
+        """Whether ``begin_step <= step <= end_step`` at a whole number of intervals from the begin.
+
+        Args:
+          step: number of optimizer steps done before this one; an int or an integer array.
+        """
+        step = jnp.asarray(step)
+        within = (step >= self._begin) & (step <= self.end_step)
+        return within & ((step - self._begin) % self.interval == 0)
+
+    def drop_fraction_at(self, step: Any) -> Array:
+        """Cosine decay to 0 at ``end_step``: drop_fraction / 2 * (1 + cos(pi * step / end_step)).
+
+        Args:
+          step: an int or an integer array.
+
+        Returns:
+          float32 of the shape of ``step``.
+        """
+        progress = jnp.clip(jnp.asarray(step).astype(jnp.float32) / max(self.end_step, 1), 0, 1)
+        return jnp.float32(self.drop_fraction / 2) * (1 + jnp.cos(jnp.float32(jnp.pi) * progress))
+
+    def in_accumulation_window(self, step: Any) -> Any:
+        """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
+        return self.is_update_step(step)
+
+    def _drop_smallest(
+        self, key: Array, step: Any, masks: Stacks, weights: Stacks
+    ) -> tuple[Stacks, Array]:
+        """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not.
+
+        floor(fraction * n_active) are dropped, computed in float32; the counts are integers.
+        """
+        n_active = jnp.concatenate(
+            [jnp.sum(m, axis=tuple(range(1, m.ndim)), dtype=jnp.int32) for m in masks]
+        )
+        n_drop = jnp.floor(self.drop_fraction_at(step) * n_active.astype(jnp.float32))
+        n_drop = jnp.minimum(n_drop.astype(jnp.int32), n_active)
+        return top_k_masks([jnp.abs(w) for w in weights], n_active - n_drop, key, masks), n_drop
+
+
+@dataclass(frozen=True)
+class SET(_Scheduled):
+    """Sparse evolutionary training: drop the smallest weights, grow at random.
+
+    Attributes:
+      interval: steps between updates (delta-T), at least 1.
+      drop_fraction: share of a layer's active weights that an update replaces, in (0, 1), decayed
+        by a cosine to 0 at ``end_step``.
+      end_step: last step on which an update may fall, inclusive.
+      begin_step: first step on which one falls; one interval by default.
+      drop_by: ``"magnitude"`` drops the smallest absolute values, as RigL's variant of SET does;
+        ``"sign"`` drops the given share of the positive weights, the smallest of them, and of the
+        negative weights, the largest of them, as Mocanu's original (active weights that are
+        exactly zero have no sign and stay).
+      skip_step: on the step of an update, move no weight.
+
+    A weight that was dropped may be among those grown in the same update; it then keeps its value
+    and its optimizer state. Ties are broken at random. A layer with a weight or gradient that is
+    not finite keeps its topology on that update.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: interval < 1, drop_fraction outside (0, 1), end before begin, unknown drop_by.
+
+    Source: Mocanu et al. (arXiv 1707.04780), algorithm 2; RigL (arXiv 1911.11134), table 1.
+
+    Example:
+      >>> import sparseopt_jax as sx
+      >>> topology = sx.SET(interval=100, drop_fraction=0.3, end_step=1000)
+      >>> bool(topology.is_update_step(0)), bool(topology.is_update_step(1000))
+      (False, True)
+    """
+
+    drop_by: str = "magnitude"
+    skip_step: bool = False
+    grow_by: ClassVar[str] = "gradient"
+    accumulate_steps: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("drop_by", self.drop_by, ("magnitude", "sign"))
+        _check_bool("skip_step", self.skip_step)
+
+    def update(
+        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+    ) -> PyTree:
+        """One update; see ``RigL.update``. ``scores`` only tell which layers are finite."""
+
+        def update_layers(key: Array, masks: Stacks, weights: Stacks, scores: Stacks) -> Stacks:
+            drop_key, grow_key = jax.random.split(key)
+            if self.drop_by == "magnitude":
+                kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
+            else:
+                layers = list(zip(masks, weights, strict=True))
+                keys = jax.random.split(drop_key)
+                positive, n_positive = self._drop_smallest(
+                    keys[0], step, [m & (w > 0) for m, w in layers], weights
+                )
+                negative, n_negative = self._drop_smallest(
+                    keys[1], step, [m & (w < 0) for m, w in layers], weights
+                )
+                kept = [
+                    p | n | (m & (w == 0))
+                    for (m, w), p, n in zip(layers, positive, negative, strict=True)
+                ]
+                n_drop = n_positive + n_negative
+            return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, _inverted(kept)))
+
+        return _update_by_shape(update_layers, key, masks, params, scores)
+
+
+@dataclass(frozen=True)
+class RigL(_Scheduled):
+    """Drop the smallest weights, grow where the gradient is largest.
+
+    Attributes:
+      interval: steps between updates (delta-T), at least 1.
+      drop_fraction: share of a layer's active weights that an update replaces, in (0, 1), decayed
+        by a cosine to 0 at ``end_step``.
+      end_step: last step on which an update may fall, inclusive.
+      begin_step: first step on which one falls; one interval by default (RigL's original: 0).
+      grow_by: ``"gradient"`` ranks by the raw gradient; ``"corrected_gradient"`` by the one that
+        SparseOpt corrects (D g), the ablation of its paper.
+      accumulate_steps: sum the gradient over this many steps, the update's own included, before
+        ranking it; at most ``interval``. More than 1 keeps one more array of the parameters' size.
+      skip_step: on the step of an update, move no weight, as RigL's original.
+
+    A weight that was dropped may be among those grown in the same update; it then keeps its value
+    and its optimizer state. Other grown weights start at zero. Ties are broken at random. A layer
+    with a weight or gradient that is not finite keeps its topology on that update.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: interval < 1, drop_fraction outside (0, 1), end before begin, unknown grow_by,
+        accumulate_steps outside [1, interval].
+
+    Source: Evci et al., RigL (arXiv 1911.11134), algorithm 1; for ``grow_by`` SparseOpt
+    (arXiv 2605.27541), the ITOP ablation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> masks = {"kernel": jnp.array([[True, True], [False, False]])}
+      >>> params = {"kernel": jnp.array([[0.1, 2.0], [0.0, 0.0]])}
+      >>> grads = {"kernel": jnp.array([[0.0, 1.0], [0.0, -3.0]])}
+      >>> topology = sx.RigL(interval=1, drop_fraction=0.6, end_step=100)
+      >>> topology.update(jax.random.key(0), 1, masks, params, grads)["kernel"].tolist()
+      [[False, True], [False, True]]
+    """
+
+    grow_by: str = "gradient"
+    accumulate_steps: int = 1
+    skip_step: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("grow_by", self.grow_by, ("gradient", "corrected_gradient"))
+        _check_int("accumulate_steps", self.accumulate_steps, at_least=1)
+        if self.accumulate_steps > self.interval:
+            raise ValueError(
+                f"accumulate_steps must not exceed interval={self.interval}, "
+                f"got {self.accumulate_steps}"
+            )
+        _check_bool("skip_step", self.skip_step)
+
+    def in_accumulation_window(self, step: Any) -> Any:
+        """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
+        step = jnp.asarray(step)
+        to_next = (self._begin - step) % self.interval
+        next_update = jnp.maximum(step + to_next, self._begin)
+        return (next_update - step < self.accumulate_steps) & (next_update <= self.end_step)
+
+    def update(
+        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+    ) -> PyTree:
+        """One update, whatever the schedule says; pure, and safe under jit, vmap and scan.
+
+        Args:
+          key: a JAX random key, for ties.
+          step: the training step, which sets the drop fraction; may be traced.
+          masks: bool arrays.
+          params: floating arrays of the same structure and shapes.
+          scores: likewise, what to grow by: the gradient with respect to all weights, also those
+            that are not active. Ranked by absolute value.
+
+        Returns:
+          Masks with the same number of active weights in every leaf.
+
+        Raises:
+          TypeError: a mask is not bool, or params or scores are not floating.
+          ValueError: structure or shapes differ.
+        """
+
+        def update_layers(key: Array, masks: Stacks, weights: Stacks, scores: Stacks) -> Stacks:
+            drop_key, grow_key = jax.random.split(key)
+            kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
+            magnitudes = [jnp.abs(score) for score in scores]
+            return _grown(kept, top_k_masks(magnitudes, n_drop, grow_key, _inverted(kept)))
+
+        return _update_by_shape(update_layers, key, masks, params, scores)
+
+
+def _shapes(stacks: Stacks) -> list[tuple[int, ...]]:
+    return [stack.shape for stack in stacks]
+
+
+def _inverted(masks: Stacks) -> Stacks:
+    return [~mask for mask in masks]
+
+
+def _grown(kept: Stacks, grown: Stacks) -> Stacks:
+    return [k | g for k, g in zip(kept, grown, strict=True)]
+
+
+def _update_by_shape(
+    update_layers: Callable[[Array, Stacks, Stacks, Stacks], Stacks],
+    key: Array,
+    masks: PyTree,
+    params: PyTree,
+    scores: PyTree,
+) -> PyTree:
+    """Apply ``update_layers`` to stacks of the leaves that share shape and dtypes."""
+    check_masks(masks, params)
+    if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
+        raise ValueError(
+            "scores must have the tree structure of params, got "
+            f"{jax.tree.structure(scores)} against {jax.tree.structure(params)}"
+        )
+    leaves, structure = jax.tree.flatten(masks)
+    layers = list(zip(leaves, jax.tree.leaves(params), jax.tree.leaves(scores), strict=True))
+    groups: dict[Any, list[int]] = {}
+    for index, (mask, weight, score) in enumerate(layers):
+        if jnp.shape(score) != mask.shape:
+            raise ValueError(
+                f"scores leaf {index} has shape {jnp.shape(score)}, its mask {mask.shape}"
+            )
+        groups.setdefault((mask.shape, weight.dtype, score.dtype), []).append(index)
+    if not groups:
+        return masks
+    stacked = [
+        [jnp.stack([layers[index][kind] for index in group]) for group in groups.values()]
+        for kind in range(3)
+    ]
+    updated: list[Any] = [None] * len(layers)
+    for group, new, old, weight, score in zip(
+        groups.values(), update_layers(key, *stacked), *stacked, strict=True
+    ):
+        axes = tuple(range(1, old.ndim))
+        finite = jnp.all(jnp.isfinite(weight) & jnp.isfinite(score), axis=axes, keepdims=True)
+        for position, index in enumerate(group):
+            updated[index] = jnp.where(finite, new, old)[position]
+    return jax.tree.unflatten(structure, updated)
+
+
+def _check_int(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
