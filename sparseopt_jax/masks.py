@@ -136,7 +136,7 @@ def init_masks(
     for path, shape in layers.items():
         alike.setdefault(shape, []).append(path)
     k = jnp.array([counts[path] for paths in alike.values() for path in paths], jnp.int32)
-    stacks = random_masks(key, [(len(paths), *shape) for shape, paths in alike.items()], k)
+    stacks = random_masks(key, tuple((len(paths), *shape) for shape, paths in alike.items()), k)
     masks = {
         path: stack[i]
         for paths, stack in zip(alike.values(), stacks, strict=True)

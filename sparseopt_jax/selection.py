@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -88,9 +89,10 @@ def random_mask(key: Array, shape: tuple[int, ...], k: Any, where: Array | None 
     shape = tuple(shape)
     k = _checked_k(k, shape)
     only = None if where is None else [_checked_where(where, shape)[None]]
-    return random_masks(key, [(1, *shape)], k[None], only)[0][0]
+    return random_masks(key, ((1, *shape),), k[None], only)[0][0]
 
 
+@jax.jit
 def top_k_masks(scores: Stacks, k: Array, key: Array | None, where: Stacks | None = None) -> Stacks:
     """``top_k_mask`` of many arrays in one search.
 
@@ -130,8 +132,9 @@ def top_k_masks(scores: Stacks, k: Array, key: Array | None, where: Stacks | Non
     return lax.cond(jnp.all(reached <= k), without_ties, with_ties)
 
 
+@partial(jax.jit, static_argnames="shapes")
 def random_masks(
-    key: Array, shapes: Sequence[tuple[int, ...]], k: Array, where: Stacks | None = None
+    key: Array, shapes: tuple[tuple[int, ...], ...], k: Array, where: Stacks | None = None
 ) -> Stacks:
     """``random_mask`` of many arrays in one search; arguments as those of ``top_k_masks``."""
     ranks = _only(where, _shuffled_indices(key, shapes))
@@ -228,7 +231,8 @@ def _shuffled_indices(key: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
     each invertible modulo a power of two, so no two positions share a rank, which random bits
     would not promise. Each array and each of the rounds has its own random words.
     """
-    words = jax.random.bits(key, (sum(shape[0] for shape in shapes), _ROUNDS, 2), jnp.uint32)
+    arrays = sum(shape[0] for shape in shapes)
+    words = jax.random.bits(key, (arrays * _ROUNDS * 2,), jnp.uint32).reshape(arrays, _ROUNDS, 2)
     stacks, start = [], 0
     for shape in shapes:
         own = words[start : start + shape[0]].reshape(shape[0], *[1] * (len(shape) - 1), _ROUNDS, 2)

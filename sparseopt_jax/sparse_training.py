@@ -220,9 +220,7 @@ def sparse_training(
         steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
         if topology.skip_step and is_update is not False:
             steps = jax.tree.map(lambda u: jnp.where(is_update, jnp.zeros_like(u), u), steps)
-            new_inner_state = keep_per_weight(
-                inner, is_update, inner_state, new_inner_state, maskable(fan_in, masks)
-            )
+            new_inner_state = keep_per_weight(inner, is_update, inner_state, new_inner_state, masks)
         steps = jax.tree.map(_leave, fan_in, masks, steps, params, is_leaf=is_hidden)
         return steps, SparseTrainingState(
             step=optax.safe_increment(state.step),

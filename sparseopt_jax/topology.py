@@ -129,6 +129,8 @@ class _Scheduled:
     def drop_fraction_at(self, step: Any) -> Array:
         """Cosine decay to 0 at ``end_step``: drop_fraction / 2 * (1 + cos(pi * step / end_step)).
 
+        Rounded to six decimals, so that no count depends on the last bits of a backend's cosine.
+
         Args:
           step: an int or an integer array.
 
@@ -136,7 +138,8 @@ class _Scheduled:
           float32 of the shape of ``step``.
         """
         progress = jnp.clip(jnp.asarray(step).astype(jnp.float32) / max(self.end_step, 1), 0, 1)
-        return jnp.float32(self.drop_fraction / 2) * (1 + jnp.cos(jnp.float32(jnp.pi) * progress))
+        fraction = self.drop_fraction / 2 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.round(fraction * 1e6) / jnp.float32(1e6)
 
     def in_accumulation_window(self, step: Any) -> Any:
         """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
@@ -319,8 +322,8 @@ class RigL(_Scheduled):
         return _update_by_shape(update_layers, key, masks, params, scores)
 
 
-def _shapes(stacks: Stacks) -> list[tuple[int, ...]]:
-    return [stack.shape for stack in stacks]
+def _shapes(stacks: Stacks) -> tuple[tuple[int, ...], ...]:
+    return tuple(stack.shape for stack in stacks)
 
 
 def _inverted(masks: Stacks) -> Stacks:

@@ -1,0 +1,370 @@
+"""Residual networks for small images (ResNet-8, 20, ...) and for ImageNet (ResNet-18 and 50)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+
+from sparseopt_jax.models import layers
+
+_SHORTCUTS = ("conv3x3", "conv1x1", "identity")
+_STEMS = ("conv3x3", "conv7x7_pool")
+_EXPANSION = 4  # output channels of a bottleneck block per channel of its 3x3 convolution
+
+
+def _conv(module: Any, channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
+    """A square convolution without bias, of the dtypes and the initializer of ``module``."""
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        strides=(stride, stride),
+        # The same on both sides. "SAME" would put the odd row of an even-sized input at the end
+        # where the stride is 2, and weights trained elsewhere would see shifted images.
+        padding=kernel // 2,
+        use_bias=False,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=module.kernel_init,
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """A basic or bottleneck block: relu(shortcut(x) + convolutions(x)).
+
+    Parameters are ``conv1/kernel``, ``bn1/scale``, ``bn1/bias``, ``conv2/kernel``, and so on, and
+    ``conv_shortcut/kernel``, ``bn_shortcut/scale``, ``bn_shortcut/bias`` where the block changes
+    the shape and the shortcut is a convolution.
+
+    Attributes:
+      channels: channels of the inner convolutions; a bottleneck block returns four times as many.
+      stride: stride of the first 3x3 convolution.
+      bottleneck: 1x1, 3x3 and 1x1 convolutions instead of two of 3x3.
+      shortcut: see `ResNet`.
+      zero_init_residual: see `ResNet`.
+      dtype: see `ResNet`.
+      param_dtype: see `ResNet`.
+      kernel_init: see `ResNet`.
+    """
+
+    channels: int
+    stride: int = 1
+    bottleneck: bool = False
+    shortcut: str = "conv1x1"
+    zero_init_residual: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = layers.he_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps (batch, h, w, c) to (batch, ceil(h / stride), ceil(w / stride), c_out)."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.bottleneck:
+            c_out = _EXPANSION * self.channels
+            convs = [(self.channels, 1, 1), (self.channels, 3, self.stride), (c_out, 1, 1)]
+        else:
+            c_out = self.channels
+            convs = [(c_out, 3, self.stride), (c_out, 3, 1)]
+
+        y = x
+        for i, (channels, kernel, stride) in enumerate(convs, start=1):
+            last = i == len(convs)
+            y = _conv(self, channels, kernel, stride, f"conv{i}")(y)
+            zero_scale = last and self.zero_init_residual
+            y = layers.batch_norm(y, train=train, name=f"bn{i}", zero_scale=zero_scale, **dtypes)
+            if not last:
+                y = nn.relu(y)
+
+        if self.stride != 1 or x.shape[-1] != c_out:
+            if self.shortcut == "identity":
+                x = _subsample_and_pad(x, self.stride, c_out)
+            else:
+                kernel = 3 if self.shortcut == "conv3x3" else 1
+                x = _conv(self, c_out, kernel, self.stride, "conv_shortcut")(x)
+                x = layers.batch_norm(x, train=train, name="bn_shortcut", **dtypes)
+        return nn.relu(x + y)
+
+
+def _subsample_and_pad(x: jax.Array, stride: int, channels: int) -> jax.Array:
+    """Every stride-th pixel, with channels of zeros appended; a narrowing drops the last ones."""
+    x = x[:, ::stride, ::stride, :channels]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
+
+
+class ResNet(nn.Module):
+    """A residual network of any depth (He et al., 2016); see the functions below for known ones.
+
+    A stem, stages of residual blocks, global average pooling, and a linear head. Each stage after
+    the first halves height and width, by the 3x3 convolution of its first block (ResNet "v1.5"),
+    and doubles the channels. Convolutions have no bias and are padded by the same amount on all
+    sides; each is followed by batch normalisation with epsilon 1e-5, whose running statistics keep
+    0.9 of their value at each step.
+
+    Parameters are ``conv_stem/kernel``, ``bn_stem/scale``, ``bn_stem/bias``, those of the blocks
+    as in ``stage1_block0/conv1/kernel`` (see `ResidualBlock`; stages count from 1, blocks from 0),
+    ``head/kernel`` and ``head/bias``. The head is the one kernel that no normalisation follows.
+
+    Call it with ``x``, an array of shape ``(batch, height, width, channels)``, and ``train``, a
+    Python bool: whether to normalise by the statistics of the batch and to update ``batch_stats``,
+    which must then be mutable. The result is a float32 array of logits of shape
+    ``(batch, num_classes)``. An ``x`` of another rank raises ValueError.
+
+    Attributes:
+      stage_sizes: number of blocks of each stage.
+      bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions instead of two of 3x3.
+      num_classes: number of logits.
+      base_channels: inner channels of the blocks in the first stage, and channels of the stem.
+      width: multiplies the channels of all convolutions.
+      stem: ``"conv3x3"``, or ``"conv7x7_pool"``: a 7x7 convolution and a 3x3 max pooling, each with
+        stride 2.
+      shortcut: what a shortcut does where the block changes the shape. ``"conv3x3"`` or
+        ``"conv1x1"``: a strided convolution and batch normalisation. ``"identity"``: takes every
+        second pixel and appends channels of zeros, without parameters (option A in He et al.,
+        2016, section 4.1). Other shortcuts are the input itself.
+      zero_init_residual: start with scale 0 in the last batch normalisation of each block, so that
+        blocks are their shortcuts at first (Goyal et al., 2017, section 5.1).
+      dtype: dtype of the computation: float16, bfloat16 or float32. Statistics, pooling and the
+        head are computed in float32 always.
+      param_dtype: dtype of the parameters, one of the same three.
+      kernel_init: initializer of all kernels, the head's included; He-normal by default.
+
+    Raises:
+      TypeError: a number is not an integer, or ``kernel_init`` is not callable.
+      ValueError: a number is below 1, or a choice or a dtype is not one of those above.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseopt_jax import models
+      >>> model = models.ResNet(stage_sizes=(1, 1), num_classes=5, base_channels=4, stem="conv3x3")
+      >>> x = jnp.ones((2, 8, 8, 3))
+      >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+      >>> sorted(variables["params"])
+      ['bn_stem', 'conv_stem', 'head', 'stage1_block0', 'stage2_block0']
+      >>> variables["params"]["stage2_block0"]["conv1"]["kernel"].shape
+      (3, 3, 4, 8)
+      >>> @jax.jit
+      ... def forward(variables, x):
+      ...     return model.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> logits, new = forward(variables, x)
+      >>> logits.shape, list(new)
+      ((2, 5), ['batch_stats'])
+    """
+
+    stage_sizes: Sequence[int]
+    bottleneck: bool = False
+    num_classes: int = 1000
+    base_channels: int = 64
+    width: int = 1
+    stem: str = "conv7x7_pool"
+    shortcut: str = "conv1x1"
+    zero_init_residual: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = layers.he_normal
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not isinstance(self.stage_sizes, Sequence) or isinstance(self.stage_sizes, str):
+            raise TypeError(f"stage_sizes must be a sequence of ints, got {self.stage_sizes!r}")
+        if not self.stage_sizes:
+            raise ValueError(f"stage_sizes must name at least one stage, got {self.stage_sizes!r}")
+        for i, size in enumerate(self.stage_sizes):
+            layers.check_positive(f"stage_sizes[{i}]", size)
+        layers.check_positive("base_channels", self.base_channels)
+        layers.check_positive("width", self.width)
+        layers.check_choice("stem", self.stem, _STEMS)
+        layers.check_choice("shortcut", self.shortcut, _SHORTCUTS)
+        layers.check_common(self.num_classes, self.dtype, self.param_dtype, self.kernel_init)
+        self.stage_sizes = tuple(self.stage_sizes)  # a list would make the module unhashable
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The logits of a batch of images."""
+        if x.ndim != 4:
+            raise ValueError(f"x must have shape (batch, height, width, channels), got {x.shape}")
+        x = jnp.asarray(x, self.dtype)
+        channels = self.base_channels * self.width
+        large = self.stem == "conv7x7_pool"
+        x = _conv(self, channels, 7 if large else 3, 2 if large else 1, "conv_stem")(x)
+        x = nn.relu(
+            layers.batch_norm(
+                x, train=train, name="bn_stem", dtype=self.dtype, param_dtype=self.param_dtype
+            )
+        )
+        if large:
+            pad = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)  # type: ignore[no-untyped-call]
+        for stage, size in enumerate(self.stage_sizes):
+            for block in range(size):
+                x = ResidualBlock(
+                    channels=channels * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    shortcut=self.shortcut,
+                    zero_init_residual=self.zero_init_residual,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    kernel_init=self.kernel_init,
+                    name=f"stage{stage + 1}_block{block}",
+                )(x, train)
+        x = x.astype(jnp.float32).mean((1, 2))
+        return nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            name="head",
+        )(x)
+
+
+def SmallResNet(
+    depth: int = 20,
+    num_classes: int = 10,
+    width: int = 1,
+    shortcut: str = "conv3x3",
+    *,
+    base_channels: int = 16,
+    **options: Any,
+) -> ResNet:
+    """The residual network for images of 8x8 to 64x64 pixels (He et al., 2016, section 4.2).
+
+    A 3x3 convolution without pooling, then three stages of ``(depth - 2) / 6`` basic blocks each,
+    of 16, 32 and 64 channels times ``width``.
+
+    Args:
+      depth: number of convolution and dense layers, those of the shortcuts not counted: 8, 14,
+        20, and so on in steps of 6.
+      num_classes: number of logits.
+      width: multiplies the channels of all convolutions.
+      shortcut: ``"conv3x3"``, ``"conv1x1"`` or ``"identity"``; see `ResNet`. He et al. take the
+        identity; the usual ResNet-20 of sparse training takes a convolution.
+      base_channels: channels of the first stage at width 1.
+      **options: ``zero_init_residual``, ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+
+    Returns:
+      A Flax module; `ResNet` documents its parameters and its call.
+
+    Raises:
+      TypeError: ``depth`` is not an integer, an option is unknown; or as `ResNet` does.
+      ValueError: ``depth`` is not 6 n + 2 with n at least 1; or as `ResNet` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseopt_jax import models
+      >>> model = models.SmallResNet(depth=14, num_classes=100, shortcut="identity")
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      178356
+    """
+    layers.check_positive("depth", depth)
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6 n + 2 for n >= 1 (8, 14, 20, 26, ...), got {depth}")
+    return ResNet(
+        stage_sizes=((depth - 2) // 6,) * 3,
+        num_classes=num_classes,
+        base_channels=base_channels,
+        width=width,
+        stem="conv3x3",
+        shortcut=shortcut,
+        **options,
+    )
+
+
+def ResNet8(
+    num_classes: int = 10, width: int = 1, shortcut: str = "conv3x3", **options: Any
+) -> ResNet:
+    """`SmallResNet` of depth 8, the smallest one; the arguments are the same.
+
+    Example:
+      >>> from sparseopt_jax import models
+      >>> models.ResNet8(num_classes=10, width=2).stage_sizes
+      (1, 1, 1)
+    """
+    return SmallResNet(8, num_classes, width, shortcut, **options)
+
+
+def ResNet20(
+    num_classes: int = 10, width: int = 1, shortcut: str = "conv3x3", **options: Any
+) -> ResNet:
+    """`SmallResNet` of depth 20; the arguments are the same.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseopt_jax import models
+      >>> model = models.ResNet20(num_classes=100, width=4, dtype=jnp.bfloat16)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+      >>> variables["params"]["stage3_block2"]["conv2"]["kernel"].shape
+      (3, 3, 256, 256)
+    """
+    return SmallResNet(20, num_classes, width, shortcut, **options)
+
+
+def ResNet18(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
+    """ResNet-18 for images of about 224x224 pixels (He et al., 2016, table 1).
+
+    The layers, their padding, and the 11,689,512 parameters at 1,000 classes are torchvision's.
+
+    Args:
+      num_classes: number of logits.
+      width: multiplies the channels of all convolutions.
+      **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
+        ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+
+    Returns:
+      A Flax module; `ResNet` documents its parameters and its call.
+
+    Raises:
+      TypeError: an option is unknown; or as `ResNet` does.
+      ValueError: as `ResNet` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseopt_jax import models
+      >>> model = models.ResNet18(num_classes=1000)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 224, 224, 3)))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      11689512
+    """
+    return ResNet((2, 2, 2, 2), num_classes=num_classes, width=width, **options)
+
+
+def ResNet50(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
+    """ResNet-50 v1.5 for images of about 224x224 pixels (He et al., 2016, table 1).
+
+    "v1.5": a stage's first stride is that of a 3x3 convolution, not of the 1x1 before it. The
+    layers, their padding, and the 25,557,032 parameters at 1,000 classes are torchvision's.
+
+    Args:
+      num_classes: number of logits.
+      width: multiplies the channels of all convolutions.
+      **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
+        ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+
+    Returns:
+      A Flax module; `ResNet` documents its parameters and its call.
+
+    Raises:
+      TypeError: an option is unknown; or as `ResNet` does.
+      ValueError: as `ResNet` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseopt_jax import models
+      >>> model = models.ResNet50(num_classes=1000)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 224, 224, 3)))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      25557032
+    """
+    return ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes, width=width, **options)

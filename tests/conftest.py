@@ -1,0 +1,31 @@
+"""Settings for all tests: eight CPU devices, strict NumPy semantics, repeatable hypothesis."""
+
+import os
+
+# Both are read when jax starts its backend, so they are set before anything imports it. The
+# tests compare one device with eight, on any machine: an accelerator is not asked for.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+
+# Implicit broadcasting between ranks and silent dtype promotion hide bugs: both raise.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Every run compiles what it tests.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# Derandomised unless asked otherwise, so that a failure anywhere is a failure everywhere:
+# HYPOTHESIS_PROFILE=explore looks at new examples on every run, and at more of them.
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
