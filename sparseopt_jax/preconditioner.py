@@ -202,8 +202,11 @@ def scale_by_fan_in(updates: PyTree, counts: PyTree, average_over: str | None) -
             return update
         total = jnp.sum(count)
         if average_over == "layer":
-            # fan_in_i * neurons / total is exactly 1 where fan_in_i is the mean, in integers.
-            ratio = _ratio(count * count.size, jnp.maximum(total, 1))
+            # fan_in_i / (total / neurons); the integers say exactly where that is 1, while a
+            # compiled division may go through a rounded reciprocal.
+            part = count * count.size
+            ratio = _ratio(part, jnp.maximum(total, 1))
+            ratio = jnp.where((part == total) & (total > 0), 1.0, ratio)
         else:
             ratio = _ratio(count, update.size // count.size)
             if network_density is not None:

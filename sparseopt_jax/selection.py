@@ -188,7 +188,8 @@ def _only(where: Stacks | None, keys: Stacks) -> Stacks:
     """Give the key 0, which is never chosen, to positions that are no candidates."""
     if where is None:
         return keys
-    return [jnp.where(w, a, jnp.zeros_like(a)) for w, a in zip(where, keys, strict=True)]
+    # A product, because a select would want both to be sharded alike in Explicit mesh mode.
+    return [a * w.astype(a.dtype) for w, a in zip(where, keys, strict=True)]
 
 
 def _ordered_bits(scores: Array) -> Array:

@@ -21,6 +21,8 @@ from sparseopt_jax.selection import Stacks, random_masks, top_k_masks
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 
+_MILLION = 1_000_000
+
 
 class Topology(Protocol):
     """What ``sparse_training`` asks of a topology; ``Static``, ``SET`` and ``RigL`` have it."""
@@ -137,9 +139,12 @@ class _Scheduled:
         Returns:
           float32 of the shape of ``step``.
         """
+        return self._drop_millionths(step).astype(jnp.float32) / _MILLION
+
+    def _drop_millionths(self, step: Any) -> Array:
         progress = jnp.clip(jnp.asarray(step).astype(jnp.float32) / max(self.end_step, 1), 0, 1)
         fraction = self.drop_fraction / 2 * (1 + jnp.cos(jnp.pi * progress))
-        return jnp.round(fraction * 1e6) / jnp.float32(1e6)
+        return jnp.round(fraction * _MILLION).astype(jnp.int32)
 
     def in_accumulation_window(self, step: Any) -> Any:
         """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
@@ -150,13 +155,12 @@ class _Scheduled:
     ) -> tuple[Stacks, Array]:
         """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not.
 
-        floor(fraction * n_active) are dropped, computed in float32; the counts are integers.
+        floor(fraction * n_active) are dropped, in integer arithmetic.
         """
         n_active = jnp.concatenate(
             [jnp.sum(m, axis=tuple(range(1, m.ndim)), dtype=jnp.int32) for m in masks]
         )
-        n_drop = jnp.floor(self.drop_fraction_at(step) * n_active.astype(jnp.float32))
-        n_drop = jnp.minimum(n_drop.astype(jnp.int32), n_active)
+        n_drop = _millionths_of(self._drop_millionths(step), n_active)
         return top_k_masks([jnp.abs(w) for w in weights], n_active - n_drop, key, masks), n_drop
 
 
@@ -213,18 +217,20 @@ class SET(_Scheduled):
             if self.drop_by == "magnitude":
                 kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
             else:
-                layers = list(zip(masks, weights, strict=True))
                 keys = jax.random.split(drop_key)
-                positive, n_positive = self._drop_smallest(
-                    keys[0], step, [m & (w > 0) for m, w in layers], weights
-                )
-                negative, n_negative = self._drop_smallest(
-                    keys[1], step, [m & (w < 0) for m, w in layers], weights
-                )
-                kept = [
-                    p | n | (m & (w == 0))
-                    for (m, w), p, n in zip(layers, positive, negative, strict=True)
+                pairs = list(zip(masks, weights, strict=True))
+                positive = [m & (w > 0) for m, w in pairs]
+                negative = [m & (w < 0) for m, w in pairs]
+                kept_positive, n_positive = self._drop_smallest(keys[0], step, positive, weights)
+                kept_negative, n_negative = self._drop_smallest(keys[1], step, negative, weights)
+                # What compares as neither, subnormal numbers on some backends included, stays.
+                dropped = [
+                    (p & ~kp) | (n & ~kn)
+                    for p, kp, n, kn in zip(
+                        positive, kept_positive, negative, kept_negative, strict=True
+                    )
                 ]
+                kept = [m & ~d for m, d in zip(masks, dropped, strict=True)]
                 n_drop = n_positive + n_negative
             return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, _inverted(kept)))
 
@@ -320,6 +326,16 @@ class RigL(_Scheduled):
             return _grown(kept, top_k_masks(magnitudes, n_drop, grow_key, _inverted(kept)))
 
         return _update_by_shape(update_layers, key, masks, params, scores)
+
+
+def _millionths_of(millionths: Array, n: Array) -> Array:
+    """floor(millionths * n / 10**6) of int32 up to 10**6 and 2**31 - 1, without overflow.
+
+    With n = q * 10**6 + r and r = 1000 * r1 + r0, every product and sum below fits.
+    """
+    quotient, remainder = n // _MILLION, n % _MILLION
+    high, low = millionths * (remainder // 1000), millionths * (remainder % 1000)
+    return millionths * quotient + high // 1000 + (high % 1000 * 1000 + low) // _MILLION
 
 
 def _shapes(stacks: Stacks) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,1 @@
+"""One short script a question; each prints a ratio measured in one process."""
