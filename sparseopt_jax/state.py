@@ -57,7 +57,8 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       8
     """
-    return find_state(opt_state).masks
+    # New containers, so that a caller who edits the tree does not edit the state.
+    return jax.tree.map(lambda mask: mask, find_state(opt_state).masks)
 
 
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
