@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 # Implicit broadcasting between ranks and silent dtype promotion hide bugs: both raise.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,3 +30,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def standard_promotion():
+    """Several of optax's own optimizers mix dtypes, so strict promotion ends at their door."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

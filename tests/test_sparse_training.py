@@ -1,4 +1,4 @@
-"""The wrapper: what must hold after every step, against NumPy runs and hand-worked steps."""
+"""The wrapper: whole runs against NumPy, steps worked by hand, nesting, devices, bad input."""
 
 import functools
 
@@ -8,208 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sparseopt_jax as sx
 from tests import oracles
 from tests.helpers import flat, make_params
-
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    """Several of optax's own optimizers mix dtypes, so strict promotion ends at its door."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-RIGL = sx.RigL(interval=3, drop_fraction=0.4, end_step=1_000)
-SET = sx.SET(interval=3, drop_fraction=0.4, end_step=1_000)
-
-
-def make_tx(inner=None, topology=RIGL, distribution=None, **options):
-    inner = optax.sgd(0.1, 0.9) if inner is None else inner
-    distribution = sx.ERK(0.7) if distribution is None else distribution
-    return sx.sparse_training(inner, distribution=distribution, topology=topology, **options)
-
-
-def start(tx, params):
-    @jax.jit
-    def init(params):
-        opt_state = tx.init(params)
-        return sx.apply_masks(params, sx.get_masks(opt_state)), opt_state
-
-    return init(params)
-
-
-@jax.jit
-def random_grads(key, params):
-    keys = jax.random.split(key, len(jax.tree.leaves(params)))
-    leaves, structure = jax.tree.flatten(params)
-    drawn = [
-        jax.random.normal(k, p.shape).astype(p.dtype) for k, p in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
-
-
-def step_fn(tx):
-    @jax.jit
-    def step(params, opt_state, grads):
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step
-
-
-def run(tx, params, steps, seed=0):
-    params, opt_state = start(tx, params)
-    step = step_fn(tx)
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, random_grads(jax.random.key(seed + i), params))
-    return params, opt_state
-
-
-def check_zeros(params, opt_state):
-    masks = jax.tree.leaves(sx.get_masks(opt_state))
-    for p, m in zip(jax.tree.leaves(params), masks, strict=True):
-        np.testing.assert_array_equal(np.asarray(p, np.float32)[~np.asarray(m)], 0)
-
-
-def counts(masks):
-    return jax.tree.map(lambda m: np.asarray(m).sum(), masks)
-
-
-# --- exact counts and exact zeros ------------------------------------------------------------
-
-GRADIENTS = ("normal", "zeros", "ties", "inf", "nan", "huge", "layer_nan")
-
-
-def awkward_gradients(kind, key, params):
-    """Gradients of one of the kinds in ``GRADIENTS``; ``kind`` is a traced index."""
-
-    def leaf(i, p):
-        k = jax.random.fold_in(key, i)
-        normal = jax.random.normal(k, p.shape)
-        at = jax.random.bernoulli(jax.random.fold_in(k, 1), 0.1, p.shape)
-        broken = jnp.where(at, jnp.nan, normal)
-        return jnp.select(
-            [jnp.full(p.shape, kind == n) for n in range(len(GRADIENTS))],
-            [
-                normal,
-                jnp.zeros(p.shape),
-                jnp.sign(normal),
-                jnp.where(at, jnp.inf, normal),
-                broken,
-                normal * 3e38,
-                broken if i == 0 else normal,
-            ],
-        ).astype(p.dtype)
-
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, [leaf(i, p) for i, p in enumerate(leaves)])
-
-
-@functools.cache
-def thousand_steps(name):
-    topology = {
-        "static": sx.Static(),
-        "set": SET,
-        "set_by_sign": sx.SET(interval=3, drop_fraction=0.4, end_step=1_000, drop_by="sign"),
-        "rigl": RIGL,
-        "rigl_skip": sx.RigL(interval=3, drop_fraction=0.4, end_step=1_000, skip_step=True),
-        "rigl_accumulated": sx.RigL(
-            interval=3, drop_fraction=0.4, end_step=1_000, accumulate_steps=2
-        ),
-    }[name]
-    tx = make_tx(sx.sparseopt(0.05, weight_decay=1e-3), topology)
-
-    @jax.jit
-    def simulate(key, kinds):
-        params = jax.tree.map(jnp.asarray, make_params())
-        opt_state = tx.init(params)
-        params = sx.apply_masks(params, sx.get_masks(opt_state))
-        expected = jax.tree.map(jnp.sum, opt_state.masks)
-
-        def body(carry, inputs):
-            params, opt_state = carry
-            kind, key = inputs
-            before = opt_state.masks
-            grads = awkward_gradients(kind, key, params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            good = jax.tree.map(
-                lambda p, m, n: (jnp.sum(m) == n) & jnp.all(jnp.where(m, True, p == 0)),
-                params,
-                opt_state.masks,
-                expected,
-            )
-            changed = jax.tree.map(lambda a, b: jnp.any(a != b), before, opt_state.masks)
-            moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
-            ok = jnp.all(jnp.stack(jax.tree.leaves(good)))
-            # A weight or slot that a gradient made NaN or infinite would freeze its layer for the
-            # rest of the run, so the loop repairs the active ones, as a restart would.
-            heal = functools.partial(
-                jax.tree.map,
-                lambda x: (
-                    jnp.where(jnp.isfinite(x), x, 0.25).astype(x.dtype)
-                    if jnp.issubdtype(x.dtype, jnp.floating)
-                    else x
-                ),
-            )
-            params = jax.tree.map(lambda p, m: jnp.where(m, heal(p), p), params, opt_state.masks)
-            opt_state = opt_state._replace(inner_state=heal(opt_state.inner_state))
-            return (params, opt_state), (ok, moved)
-
-        keys = jax.random.split(key, len(kinds))
-        _, (ok, moved) = jax.lax.scan(body, (params, opt_state), (kinds, keys))
-        return ok, moved
-
-    return simulate
-
-
-@pytest.mark.parametrize(
-    "name", ["static", "set", "set_by_sign", "rigl", "rigl_skip", "rigl_accumulated"]
+from tests.training import (
+    RIGL,
+    SET,
+    check_zeros,
+    counts,
+    make_tx,
+    random_grads,
+    run,
+    start,
+    step_fn,
 )
-@settings(max_examples=4)
-@given(data=st.data())
-def test_exact_counts_and_zeros_after_each_of_a_thousand_steps(name, data):
-    pattern = data.draw(st.lists(st.integers(0, len(GRADIENTS) - 1), min_size=1, max_size=12))
-    kinds = np.resize(np.array([*pattern, 0], np.int32), 1_000)
-    seed = data.draw(st.integers(0, 2**31 - 1))
-    ok, moved = thousand_steps(name)(jax.random.key(seed), kinds)
-    assert np.asarray(ok).all(), f"first violation at step {int(np.argmin(ok))}"
-    assert np.asarray(moved).any() == (name != "static")
 
-
-def test_a_forgotten_apply_masks_heals_on_the_first_step():
-    params = make_params()
-    tx = make_tx(topology=sx.Static())
-    opt_state = tx.init(params)
-    params, opt_state = step_fn(tx)(params, opt_state, random_grads(jax.random.key(0), params))
-    check_zeros(params, opt_state)
-
-
-@pytest.mark.parametrize(
-    ("weights", "updates"),
-    [
-        ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-    ],
-)
-def test_masked_weights_are_exactly_zero_in_low_precision(weights, updates):
-    cast = optax.stateless(lambda u, p: jax.tree.map(lambda x: x.astype(updates), u))
-    params = jax.tree.map(lambda p: p * np.float32(1.2345), make_params())
-    params = jax.tree.map(lambda p: jnp.asarray(p, weights), params)
-    tx = make_tx(optax.chain(optax.sgd(0.1), cast))
-    opt_state = tx.init(params)  # The masks are not applied: every -w must be exact.
-    step = step_fn(tx)
-    for i in range(7):
-        params, opt_state = step(params, opt_state, random_grads(jax.random.key(i), params))
-    assert {p.dtype.name for p in jax.tree.leaves(params)} == {weights}
-    check_zeros(params, opt_state)
-
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 # --- the whole run against NumPy -------------------------------------------------------------
 
@@ -471,21 +286,26 @@ def test_set_masks_changes_counts_and_refreshes_the_fan_in():
 
 def test_vmap_over_seeds_equals_single_runs():
     params = jax.tree.map(jnp.asarray, make_params())
+    tx = make_tx(sx.sparseopt(0.1), SET)
 
-    def train(key):
-        tx = make_tx(sx.sparseopt(0.1), SET, seed=key)
-        p, opt_state = start(tx, params)
+    def init(key):  # The key is in the state, so one `update` serves all seeds.
+        opt_state = make_tx(sx.sparseopt(0.1), SET, seed=key).init(params)
+        return sx.apply_masks(params, sx.get_masks(opt_state)), opt_state
+
+    def train(init, step, key):
+        p, opt_state = init(key)
         for i in range(7):
-            updates, opt_state = tx.update(random_grads(jax.random.key(i), p), opt_state, p)
-            p = optax.apply_updates(p, updates)
+            p, opt_state = step(p, opt_state, random_grads(jax.random.key(i), params))
         return p, sx.get_masks(opt_state)
 
     keys = jax.random.split(jax.random.key(0), 3)
-    batched, masks = jax.jit(jax.vmap(train))(keys)
-    train = jax.jit(train)
+    step = step_fn(tx)
+    batched, masks = train(
+        jax.jit(jax.vmap(init)), jax.jit(jax.vmap(step, in_axes=(0, 0, None))), keys
+    )
     for i in range(3):
         own, own_masks = jax.tree.map(lambda x, i=i: x[i], (batched, masks))
-        single, single_masks = train(keys[i])
+        single, single_masks = train(jax.jit(init), step, keys[i])
         jax.tree.map(np.testing.assert_array_equal, own_masks, single_masks)
         chex.assert_trees_all_close(own, single, rtol=1e-5, atol=1e-6)
     kernels = np.asarray(masks["Dense_0"]["kernel"])

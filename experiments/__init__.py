@@ -1,0 +1,1 @@
+"""Everything that runs: training, reports, figures. The library is `sparseopt_jax`."""

@@ -1,0 +1,144 @@
+"""The command line: `--config=FILE`, `--workdir=DIR`, `--config.FIELD=VALUE` for every field.
+
+Whatever is wrong is answered in one or two lines that name it, the closest right name, and the
+values that are allowed; `main` functions print them and leave with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from experiments.config import SPECS, Config, ConfigError
+
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What was asked for.
+
+    Attributes:
+      config: the resolved config.
+      workdir: the folder of the run.
+      words: arguments that ask for the same again, the folder included.
+    """
+
+    config: Config
+    workdir: pathlib.Path
+    words: tuple[str, ...]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """`" Did you mean 'X'?"` where a name is close to `name`, else an empty string."""
+    match = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def load_config(path: pathlib.Path) -> Config:
+    """What `get_config()` of the file `path` returns; raises ConfigError."""
+    if not path.is_file():
+        known = sorted(str(_CONFIGS.relative_to(_CONFIGS.parents[1]) / p.name) for p in _files())
+        raise ConfigError(
+            f"--config={path}: no such file.{closest(str(path), known)}\n"
+            f"Configs that come with the repository: {', '.join(known)}"
+        )
+    spec = importlib.util.spec_from_file_location(f"experiment_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path} must be a Python file, its name ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # whatever the user's file raises is the user's to read
+        raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"--config={path} must define a function get_config() -> Config")
+    return config
+
+
+def _files() -> list[pathlib.Path]:
+    return [path for path in _CONFIGS.glob("*.py") if path.name != "__init__.py"]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m experiments.train",
+        description="Trains one experiment; started again with the same folder, it continues.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="file with get_config() -> Config")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>-<time>)"
+    )
+    fields = parser.add_argument_group("overrides")
+    for name, spec in SPECS.items():
+        text = f"{spec.help}: {spec.allowed()} (Config's default: {spec.default!r})"
+        fields.add_argument(f"--config.{name}", metavar="VALUE", help=text.replace("%", "%%"))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> CommandLine:
+    """Reads the command line.
+
+    Args:
+      argv: the arguments, without the program's name.
+
+    Returns:
+      The resolved config and its folder, which is not created yet.
+
+    Raises:
+      ConfigError: anything is unknown or wrong.
+
+    Example:
+      >>> parse(["--config=experiments/configs/digits.py", "--config.seeds=1"]).config.seeds
+      1
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown_argument(unknown[0]))
+    if given.config is None:
+        raise ConfigError("--config is missing, e.g. --config=experiments/configs/digits.py")
+    path = pathlib.Path(given.config)
+    config = load_config(path)
+    overrides: dict[str, Any] = {}
+    words = [f"--config={path}"]
+    for name, spec in SPECS.items():
+        text = getattr(given, f"config.{name}")
+        if text is not None:
+            words.append(f"--config.{name}={text}")
+            try:
+                overrides[name] = spec.parse(text)
+            except ConfigError as error:
+                hint = closest(text, spec.choices)
+                raise ConfigError(f"--config.{error}.{hint}") from None
+    config = dataclasses.replace(config, **overrides)
+    default = f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = pathlib.Path(given.workdir or default)
+    return CommandLine(config, workdir, (*words, f"--workdir={workdir}"))
+
+
+def _unknown_argument(argument: str) -> str:
+    option = argument.split("=", 1)[0]
+    if option.startswith("--config."):
+        name = option.removeprefix("--config.")
+        return (
+            f"{option}: no such field.{closest(name, SPECS)}\nFields: {', '.join(SPECS)}"
+            if name
+            else f"{argument}: name a field, e.g. --config.seeds=1\nFields: {', '.join(SPECS)}"
+        )
+    known = ["--config", "--workdir", "--help"]
+    hint = closest(option, known)
+    return f"{argument}: no such argument.{hint}\nArguments: --config, --workdir, --config.FIELD"

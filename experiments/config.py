@@ -1,0 +1,238 @@
+"""The configuration of an experiment.
+
+A config is a frozen, typed value. The type of a field says which values it takes, and a config
+with a wrong value cannot be made. How it is read from the command line: `command_line.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+MethodName = Literal["dense", "sgd", "sparseopt"]
+
+
+class ConfigError(ValueError):
+    """A wrong setting; its message is all that the user has to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The interval of the numbers a field takes, e.g. `[0, 1)`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies in the interval; NaN does not."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        """The interval in words, e.g. `in [0, 1)` or `at least 1`."""
+        if math.isinf(self.high):
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        brackets = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {brackets[0]}{self.low:g}, {self.high:g}{brackets[1]}"
+
+
+_POSITIVE = Range(1)
+_NON_NEGATIVE = Range(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment: data, model, sparsity, optimizer, and how long and how often to train.
+
+    Raises:
+      ConfigError: a field has a value of the wrong type or outside its range, or two fields
+        contradict each other; the message names field, value and what would be right.
+    """
+
+    # Data and model.
+    dataset: Annotated[Literal["digits"], "which images to train on"] = "digits"
+    data_dir: Annotated[str, "folder of datasets that are read from disk (digits is not)"] = ""
+    model: Annotated[
+        Literal["resnet8", "resnet20", "resnet18", "resnet50", "mlp"],
+        "architecture; resnet18 and resnet50 are for images of about 224x224 pixels",
+    ] = "resnet20"
+    width: Annotated[int, "multiplies the channels of a ResNet's convolutions", _POSITIVE] = 1
+    hidden: Annotated[int, "units in each of the MLP's two hidden layers", _POSITIVE] = 512
+    shortcut: Annotated[
+        Literal["conv3x3", "conv1x1", "identity"],
+        "how ResNet-8 and -20 match shapes between stages; identity subsamples and pads with 0",
+    ] = "conv3x3"
+    init: Annotated[
+        Literal["he_normal", "sparse_he_normal"],
+        "initial weights; sparse_he_normal has each neuron's variance account for its fan-in",
+    ] = "he_normal"
+
+    # Sparsity.
+    sparsity: Annotated[
+        float, "fraction of the weights that are zero", Range(0, 1, open_high=True)
+    ] = 0.95
+    distribution: Annotated[
+        Literal["uniform", "er", "erk"], "how the sparsity is spread over the layers"
+    ] = "erk"
+    topology: Annotated[
+        Literal["static", "set", "rigl", "dense"], "how the masks change; dense has no masks"
+    ] = "rigl"
+    update_interval: Annotated[int, "steps between topology updates (delta-T)", _POSITIVE] = 100
+    drop_fraction: Annotated[
+        float,
+        "fraction of a layer's active weights that the first update moves; decays by a cosine",
+        Range(0, 1, open_low=True, open_high=True),
+    ] = 0.3
+    update_end: Annotated[
+        float, "fraction of the run after which the masks stay", Range(0, 1, open_low=True)
+    ] = 0.75
+    grow_by: Annotated[
+        Literal["gradient", "corrected_gradient"],
+        "what RigL grows by: the raw gradient, or SparseOpt's (the paper's ablation)",
+    ] = "gradient"
+
+    # Optimizer.
+    optimizer: Annotated[Literal["sgd", "sparseopt"], "optimizer of a single method"] = "sparseopt"
+    average_over: Annotated[
+        Literal["layer", "network", "none"], "what SparseOpt's average sparsity is taken over"
+    ] = "layer"
+    learning_rate: Annotated[float, "peak learning rate", Range(0, open_low=True)] = 0.1
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], "decay of the learning rate, to 0 at the end"
+    ] = "cosine"
+    warmup_epochs: Annotated[float, "epochs of linear warm-up from 0", _NON_NEGATIVE] = 0.0
+    momentum: Annotated[float, "momentum of SGD", Range(0, 1, open_high=True)] = 0.9
+    nesterov: Annotated[bool, "Nesterov's momentum"] = False
+    weight_decay: Annotated[
+        float, "decay of kernels (tensors of two and more dimensions)", _NON_NEGATIVE
+    ] = 5e-4
+    label_smoothing: Annotated[
+        float, "probability spread evenly over all classes", Range(0, 1, open_high=True)
+    ] = 0.0
+
+    # The run.
+    epochs: Annotated[int, "passes over the training images", _POSITIVE] = 20
+    steps: Annotated[
+        int, "stop after so many steps, schedules as for the whole run; -1: all", Range(-1)
+    ] = -1
+    batch_size: Annotated[int, "images in a step", _POSITIVE] = 128
+    seed: Annotated[int, "seed of the first run", Range(0, 2**31 - 1)] = 0
+    seeds: Annotated[int, "how many runs per method, from seed on", _POSITIVE] = 1
+    compare: Annotated[
+        tuple[MethodName, ...],
+        "methods to run side by side, e.g. dense,sgd,sparseopt; empty: only the one configured",
+    ] = ()
+    eval_every: Annotated[int, "epochs between evaluations", _POSITIVE] = 1
+    log_every: Annotated[int, "steps between lines in metrics.jsonl", _POSITIVE] = 10
+
+    def __post_init__(self) -> None:
+        """Checks every field, then what the fields mean together."""
+        for name, spec in SPECS.items():
+            object.__setattr__(self, name, spec.check(getattr(self, name)))
+        if self.steps == 0:
+            raise ConfigError("steps=0 trains nothing; it must be at least 1, or -1 for all")
+        if len(set(self.compare)) < len(self.compare):
+            raise ConfigError(f"compare={','.join(self.compare)} names a method twice")
+        if self.topology == "dense":
+            sparse = [name for name in self.compare if name != "dense"]
+            if sparse:
+                raise ConfigError(
+                    f"topology='dense' has no masks, but compare names {', '.join(sparse)};"
+                    " set compare=dense, or topology to static, set or rigl"
+                )
+            if not self.compare and self.optimizer != "sgd":
+                raise ConfigError(
+                    f"topology='dense' has no masks and optimizer={self.optimizer!r} needs them;"
+                    " set optimizer=sgd (without masks the two are the same)"
+                )
+
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods to run, in order."""
+        if self.compare:
+            return self.compare
+        return ("dense",) if self.topology == "dense" else (self.optimizer,)
+
+    def for_method(self, method: str) -> Config:
+        """The config of one method alone, e.g. `config.for_method("dense")`."""
+        if method == "dense":
+            return dataclasses.replace(self, compare=(), topology="dense", optimizer="sgd")
+        optimizer = typing.cast(Literal["sgd", "sparseopt"], method)
+        return dataclasses.replace(self, compare=(), optimizer=optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What one field takes: its type, its range or choices, its one-line description."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    limits: Range | None
+    help: str
+    default: Any
+
+    def allowed(self) -> str:
+        """The right values in words."""
+        if self.kind is tuple:
+            return "a list separated by commas, of " + ", ".join(self.choices)
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.kind is bool:
+            return "true or false"
+        noun = {int: "an integer", float: "a number", str: "text"}[self.kind]
+        return f"{noun} {self.limits}" if self.limits else noun
+
+    def check(self, value: Any) -> Any:
+        """`value` in the field's own type; raises ConfigError where that cannot be."""
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif self.kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if right and self.choices:
+            chosen = value if self.kind is tuple else (value,)
+            right = all(isinstance(item, str) and item in self.choices for item in chosen)
+        if right and self.limits is not None:
+            right = value in self.limits
+        if not right:
+            raise ConfigError(f"{self.name}={value!r} must be {self.allowed()}")
+        return value
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` stands for on the command line; raises ConfigError."""
+        value: Any = text
+        try:
+            if self.kind is bool:
+                value = {"true": True, "false": False}[text.strip().lower()]
+            elif self.kind is tuple:
+                value = tuple(item.strip() for item in text.split(",") if item.strip())
+            elif self.kind is not str:
+                value = self.kind(text)
+        except (KeyError, ValueError):
+            raise ConfigError(f"{self.name}={text!r} must be {self.allowed()}") from None
+        return self.check(value)
+
+
+def _specs() -> types.MappingProxyType[str, Spec]:
+    hints = typing.get_type_hints(Config, include_extras=True)
+    specs = {}
+    for field in dataclasses.fields(Config):
+        kind, *notes = get_args(hints[field.name])
+        choices: tuple[str, ...] = ()
+        if get_origin(kind) is tuple:
+            kind, choices = tuple, get_args(get_args(kind)[0])
+        elif get_origin(kind) is Literal:
+            kind, choices = str, get_args(kind)
+        limits = next((note for note in notes if isinstance(note, Range)), None)
+        specs[field.name] = Spec(field.name, kind, choices, limits, notes[0], field.default)
+    return types.MappingProxyType(specs)
+
+
+SPECS = _specs()
+"""What every field of `Config` takes, by name, in order."""

@@ -1,0 +1,217 @@
+"""The compiled functions of a grid: those of the model, and those of each method.
+
+Weights and evaluation are the same for every method, and the seed is data, so nothing is compiled
+twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparseopt_jax as sx
+from experiments import build, data, metrics
+from experiments.config import Config
+
+
+class State(NamedTuple):
+    """All that a training step changes; the three are pytrees of arrays."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPrograms:
+    """What all methods share.
+
+    Attributes:
+      module: the Flax module.
+      init: seed (int32 scalar) -> params, batch_stats; all weights, as a dense model has them.
+      evaluate: (params, batch_stats, EvalBatch) -> number correct, sum of losses.
+      layers: sizes of the layers that can have masks, by path, in the model's order.
+      seconds: how long the compilation took.
+    """
+
+    module: Any
+    init: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    layers: dict[str, int]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodPrograms:
+    """What one method adds; all its runs share it.
+
+    Attributes:
+      start: (params, batch_stats, seed) -> State, with masks and masked weights where sparse.
+      step: (State, images, labels) -> State, metrics; the given state's memory is used again.
+      measure: (masks, earlier masks) -> active weights, how many of them were not active earlier,
+        and a copy of the masks that outlives the next step; only for sparse methods.
+      learning_rate: the schedule, step -> rate.
+      seconds: how long the compilation took.
+    """
+
+    start: Callable[..., Any]
+    step: Callable[..., Any]
+    measure: Callable[..., Any]
+    learning_rate: optax.Schedule
+    seconds: float
+
+
+def compile_model(config: Config, dataset: data.Dataset) -> ModelPrograms:
+    """Compiles initial weights and evaluation.
+
+    Args:
+      config: names the model and the batch size.
+      dataset: gives the shapes and the number of classes.
+
+    Returns:
+      The compiled programs.
+    """
+    begin = time.monotonic()
+    module = build.make_model(config, dataset.num_classes)
+    layers: dict[str, int] = {}
+
+    def init(seed: jax.Array) -> tuple[Any, Any]:
+        weights_key, _ = _keys(seed)
+        variables = module.init(weights_key, dataset.train_images[:1], train=False)
+        for path, leaf in _leaves_in_order(variables["params"]).items():
+            if sx.default_prunable(path, leaf):
+                layers[path] = leaf.size
+        return variables["params"], variables.get("batch_stats", {})
+
+    def evaluate(
+        params: Any, batch_stats: Any, batch: data.EvalBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = module.apply(variables, batch.images, train=False).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        # Chosen, not multiplied, by weight: a padded example's loss may be inf, and inf * 0 is NaN.
+        counted = batch.weights > 0
+        correct = (logits.argmax(-1) == batch.labels) & counted
+        return correct.sum(), jnp.where(counted, losses, 0.0).sum()
+
+    seed = jnp.int32(0)
+    params, batch_stats = jax.eval_shape(init, seed)
+    images, labels = _example_batch(config, dataset)
+    batch = data.EvalBatch(images, labels, jnp.ones(config.batch_size, jnp.float32))
+    return ModelPrograms(
+        module=module,
+        init=_compile_fast(init, seed),
+        evaluate=jax.jit(evaluate).lower(params, batch_stats, batch).compile(),
+        layers=layers,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) -> MethodPrograms:
+    """Compiles the training step of one method.
+
+    Args:
+      config: the config of that method alone (`Config.for_method`).
+      dataset: gives the shapes and the number of classes.
+      model: what `compile_model` returned for the same config.
+
+    Returns:
+      The compiled programs.
+    """
+    begin = time.monotonic()
+    steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
+    sparse = config.topology != "dense"
+    tx = build.make_optimizer(config, steps_per_epoch)  # only its `update`: its seed is not used
+
+    def start(params: Any, batch_stats: Any, seed: jax.Array) -> State:
+        _, masks_key = _keys(seed)
+        opt_state = build.make_optimizer(config, steps_per_epoch, masks_key).init(params)
+        if sparse:
+            masks = sx.get_masks(opt_state)
+            if config.init == "sparse_he_normal":
+                params = sx.scale_to_fan_in(params, masks)
+            params = sx.apply_masks(params, masks)
+        return State(params, batch_stats, opt_state)
+
+    def loss_and_logits(
+        params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, changed = model.module.apply(variables, images, train=True, mutable=["batch_stats"])
+        logits = logits.astype(jnp.float32)
+        targets = jax.nn.one_hot(labels, dataset.num_classes)
+        targets = optax.smooth_labels(targets, config.label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (logits, changed.get("batch_stats", {}))
+
+    def step(
+        state: State, images: jax.Array, labels: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        params, batch_stats, opt_state = state
+        (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_and_logits, has_aux=True)(
+            params, batch_stats, images, labels
+        )
+        updates, new_opt_state = tx.update(gradient, opt_state, params)
+        # The norm is that of the active weights' gradient, by the masks the loss was taken with.
+        if sparse:
+            gradient = sx.apply_masks(gradient, sx.get_masks(opt_state))
+        measured = {
+            "loss": loss,
+            "train_accuracy": (logits.argmax(-1) == labels).mean(dtype=jnp.float32),
+            "gradient_norm": optax.tree.norm(gradient),
+        }
+        return State(optax.apply_updates(params, updates), batch_stats, new_opt_state), measured
+
+    def measure(masks: Any, earlier: Any) -> tuple[jax.Array, jax.Array, Any]:
+        now, then = metrics.path_leaves(masks), metrics.path_leaves(earlier)
+        active = sum(now[path].sum() for path in model.layers)
+        moved = sum((now[path] & ~then[path]).sum() for path in model.layers)
+        return jnp.asarray(active), jnp.asarray(moved), jax.tree.map(jnp.copy, masks)
+
+    seed = jnp.int32(0)
+    params, batch_stats = model.init(seed)
+    state = jax.eval_shape(start, params, batch_stats, seed)
+    masks = sx.get_masks(state.opt_state) if sparse else None
+    images, labels = _example_batch(config, dataset)
+    return MethodPrograms(
+        start=_compile_fast(start, params, batch_stats, seed),
+        step=jax.jit(step, donate_argnums=0).lower(state, images, labels).compile(),
+        measure=_compile_fast(measure, masks, masks) if sparse else measure,
+        learning_rate=build.learning_rate(config, steps_per_epoch),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _compile_fast(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Compiles what runs seldom: on a CPU optimising it takes far longer than running it."""
+    cpu = jax.default_backend() == "cpu"
+    options: dict[str, str | bool] | None = {"xla_backend_optimization_level": "0"} if cpu else None
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)
+
+
+def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run's weights and of its masks, unrelated to each other."""
+    weights_key, masks_key = jax.random.split(jax.random.key(seed))
+    return weights_key, masks_key
+
+
+def _example_batch(config: Config, dataset: data.Dataset) -> tuple[jax.Array, jax.Array]:
+    size = config.batch_size
+    return dataset.train_images[:size], dataset.train_labels[:size]
+
+
+def _leaves_in_order(tree: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by '/'-joined path in the order in which the model made them (jax sorts by name)."""
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {
+        name: leaf
+        for key, branch in tree.items()
+        for name, leaf in _leaves_in_order(branch, f"{path}/{key}" if path else key).items()
+    }

@@ -1,0 +1,131 @@
+"""How far a grid of runs is: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import rich.console
+import rich.progress
+
+_SECONDS_BETWEEN_LINES = 5.0
+_FORMS = {
+    "loss": "  loss {:.3f}",
+    "test_accuracy": "  test accuracy {:.1%}",
+    "density": "  density {:.3f}",
+}
+
+
+class Progress:
+    """Shows method, seed, epoch, loss, accuracy, density, and the time left for the whole grid.
+
+    The time left counts the steps that remain at the speed of the steps done. On a terminal all
+    of it is one live line; elsewhere it is a printed line every few seconds, and one at the end
+    of each run.
+    """
+
+    def __init__(
+        self,
+        runs: int,
+        steps_per_run: int,
+        epochs: int,
+        finished: int = 0,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepares to show a grid.
+
+        Args:
+          runs: how many runs there are to do.
+          steps_per_run: training steps of each.
+          epochs: epochs of each.
+          finished: runs of the grid that were done before.
+          console: where to write; by default standard output.
+          clock: gives the time in seconds.
+        """
+        self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self._clock = clock
+        self._runs, self._steps_per_run, self._epochs = runs, steps_per_run, epochs
+        self._finished = finished
+        self._run = self._steps = 0
+        self._title = self._numbers = ""
+        self._seconds = 0.0  # of the runs that are over
+        self._resumed_at: float | None = None
+        self._printed, self._printed_at = "", -float("inf")
+        self._bar: rich.progress.Progress | None = None
+        self._task = rich.progress.TaskID(0)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Draws the bar while the body runs, where there is a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.TextColumn("{task.percentage:3.0f}%  {task.fields[left]}"),
+            console=self.console,
+            expand=True,
+        )
+        with bar:
+            self._bar = bar
+            self._task = bar.add_task("", total=self._runs * self._steps_per_run, left="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    @contextlib.contextmanager
+    def running(self, method: str, seed: int) -> Iterator[None]:
+        """Marks the steps of the body as those of one run."""
+        self._run += 1
+        number, total = self._finished + self._run, self._finished + self._runs
+        self._title = f"[{number}/{total}] {method} seed {seed}"
+        self._numbers = ""
+        self._resumed_at = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds += self._clock() - self._resumed_at
+            self._resumed_at = None
+        self._show(force=True)
+
+    def update(self, step: int, epoch: int, shown: Mapping[str, float]) -> None:
+        """Shows where the current run is.
+
+        Args:
+          step: steps done.
+          epoch: the epoch they are in, from 1.
+          shown: `loss`, `test_accuracy` and `density`, those of them that are known by now.
+        """
+        self._steps = (self._run - 1) * self._steps_per_run + step
+        self._numbers = f"  epoch {epoch}/{self._epochs}"
+        for name, form in _FORMS.items():
+            if name in shown:
+                self._numbers += form.format(shown[name])
+        self._show(force=False)
+
+    def time_left(self) -> float | None:
+        """Seconds until the grid is done; None before the first step."""
+        if self._steps == 0:
+            return None
+        spent = self._seconds
+        if self._resumed_at is not None:
+            spent += self._clock() - self._resumed_at
+        steps_left = self._runs * self._steps_per_run - self._steps
+        return spent / self._steps * steps_left
+
+    def _show(self, force: bool) -> None:
+        seconds = self.time_left()
+        left = "" if seconds is None else "{}:{:02} left".format(*divmod(round(seconds), 60))
+        if self._bar is not None:
+            description = (self._title + self._numbers).replace("[", "\\[")
+            self._bar.update(self._task, completed=self._steps, description=description, left=left)
+            return
+        line = self._title + self._numbers
+        due = force or self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and due and line != self._printed:
+            self.console.print(f"{line}  {left}", markup=False)
+            self._printed, self._printed_at = line, self._clock()
