@@ -80,7 +80,8 @@ def sparse_training(
       seed: an int, a JAX random key, or a traced one of either. Initial masks, random growth and
         ties derive from it.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
-      out_axes: the axis or axes of kernels that index neurons; see ``fan_in``.
+      out_axes: the axis or axes of kernels that index neurons; see ``fan_in``. Give
+        ``scale_by_sparseopt`` the same, or it counts the masks again on each step.
       automatic: whether ``update`` follows the topology's schedule. With False the masks change
         only through ``update_topology``, for loops that schedule it themselves (under ``jax.vmap``
         a scheduled update would be computed on every step).

@@ -97,9 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"top_k_mask {totals['top_k_mask']:.2f} s, {ratio:.1f} times faster"
     )
     if asked.output:
-        command = ["python", "-m", parser.prog.split()[-1], *(argv or sys.argv[1:])]
-        record = {"command": " ".join(command), "ratio": ratio, "total_seconds": totals}
-        record |= {"repeats": asked.repeats, "keep": asked.keep, "kernels": rows}
+        command = f"{parser.prog} --repeats={asked.repeats} --keep={asked.keep}"
+        record = {"command": command, "ratio": ratio, "total_seconds": totals, "kernels": rows}
         metrics.write_json(asked.output, record | {"environment": metrics.environment()})
     return 0
 
