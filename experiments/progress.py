@@ -8,21 +8,33 @@ from collections.abc import Callable, Iterator, Mapping
 
 import rich.console
 import rich.progress
+import rich.text
 
 _SECONDS_BETWEEN_LINES = 5.0
 _FORMS = {
     "loss": "  loss {:.3f}",
-    "test_accuracy": "  test accuracy {:.1%}",
+    "test_accuracy": "  accuracy {:.1%}",
     "density": "  density {:.3f}",
 }
+
+
+class _LineAndBar(rich.progress.Progress):
+    """A progress bar below a line of text, which has more room there than beside it."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterator[rich.console.RenderableType]:
+        yield rich.text.Text(self.line, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
 
 
 class Progress:
     """Shows method, seed, epoch, loss, accuracy, density, and the time left for the whole grid.
 
-    The time left counts the steps that remain at the speed of the steps done. On a terminal all
-    of it is one live line; elsewhere it is a printed line every few seconds, and one at the end
-    of each run.
+    Loss is that of the training batches, accuracy that of the test images. The time left counts
+    the steps that remain at the speed of the steps done. On a terminal all of it is a live line
+    above a bar, within 80 columns; elsewhere it is a printed line every few seconds, and one at
+    the end of each run.
     """
 
     def __init__(
@@ -53,7 +65,7 @@ class Progress:
         self._seconds = 0.0  # of the runs that are over
         self._resumed_at: float | None = None
         self._printed, self._printed_at = "", -float("inf")
-        self._bar: rich.progress.Progress | None = None
+        self._bar: _LineAndBar | None = None
         self._task = rich.progress.TaskID(0)
 
     @contextlib.contextmanager
@@ -62,8 +74,7 @@ class Progress:
         if not self.console.is_terminal:
             yield
             return
-        bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+        bar = _LineAndBar(
             rich.progress.BarColumn(bar_width=None),
             rich.progress.TextColumn("{task.percentage:3.0f}%  {task.fields[left]}"),
             console=self.console,
@@ -121,8 +132,8 @@ class Progress:
         seconds = self.time_left()
         left = "" if seconds is None else "{}:{:02} left".format(*divmod(round(seconds), 60))
         if self._bar is not None:
-            description = (self._title + self._numbers).replace("[", "\\[")
-            self._bar.update(self._task, completed=self._steps, description=description, left=left)
+            self._bar.line = self._title + self._numbers
+            self._bar.update(self._task, completed=self._steps, left=left)
             return
         line = self._title + self._numbers
         due = force or self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES

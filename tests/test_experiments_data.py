@@ -176,17 +176,24 @@ def test_progress_prints_lines_without_a_terminal():
             progress.update(10, 5, {"loss": 0.125, "test_accuracy": 0.9204, "density": 0.05})
     first, *_, last = text.getvalue().splitlines()
     assert first == (
-        "[2/3] sgd seed 4  epoch 3/5  loss 0.250  test accuracy 91.5%  density 0.050  0:30 left"
+        "[2/3] sgd seed 4  epoch 3/5  loss 0.250  accuracy 91.5%  density 0.050  0:30 left"
     )
-    assert last.startswith("[2/3] sgd seed 4  epoch 5/5  loss 0.125  test accuracy 92.0%")
+    assert last.startswith("[2/3] sgd seed 4  epoch 5/5  loss 0.125  accuracy 92.0%")
     assert "0.200" not in text.getvalue()
 
 
 def test_progress_draws_a_bar_on_a_terminal():
     text = io.StringIO()
-    console = rich.console.Console(file=text, width=120, force_terminal=True)
+    console = rich.console.Console(file=text, width=80, force_terminal=True)
     progress = Progress(runs=1, steps_per_run=2, epochs=1, console=console)
     with progress.live(), progress.running("dense", 0):
         progress.update(2, 1, {"loss": 0.5, "test_accuracy": 0.9, "density": 1.0})
-    for part in ("[1/1] dense seed 0", "epoch 1/1", "test accuracy 90.0%", "100%", "left"):
+    for part in (
+        "[1/1] dense seed 0",
+        "epoch 1/1",
+        "accuracy 90.0%",
+        "density 1.000",
+        "100%",
+        "left",
+    ):
         assert part in text.getvalue()
