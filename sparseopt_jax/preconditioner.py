@@ -202,11 +202,8 @@ def scale_by_fan_in(updates: PyTree, counts: PyTree, average_over: str | None) -
             return update
         total = jnp.sum(count)
         if average_over == "layer":
-            # fan_in_i / (total / neurons); the integers say exactly where that is 1, while a
-            # compiled division may go through a rounded reciprocal.
-            part = count * count.size
-            ratio = _ratio(part, jnp.maximum(total, 1))
-            ratio = jnp.where((part == total) & (total > 0), 1.0, ratio)
+            # fan_in_i / (total / neurons)
+            ratio = _ratio(count * count.size, jnp.maximum(total, 1))
         else:
             ratio = _ratio(count, update.size // count.size)
             if network_density is not None:
@@ -237,4 +234,9 @@ def _mean_density_of_sparse_layers(updates: PyTree, counts: PyTree) -> Array:
 
 
 def _ratio(part: Array, whole: Any) -> Array:
-    return part.astype(jnp.float32) / jnp.asarray(whole).astype(jnp.float32)
+    """Quotient of integers in float32, exactly 1 where they are equal.
+
+    A compiled division may multiply by a rounded reciprocal, which 41 / 41 shows.
+    """
+    ratio = part.astype(jnp.float32) / jnp.asarray(whole).astype(jnp.float32)
+    return jnp.where(part == whole, 1.0, ratio)

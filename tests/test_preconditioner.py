@@ -134,6 +134,16 @@ def test_dense_masks_are_the_identity(average_over, dtype, jit):
     assert_same_bits(scale(grads, masks, jit, average_over=average_over), grads)
 
 
+@pytest.mark.parametrize("fan_in", [41, 47, 55, 61, 82, 83, 97])
+def test_dense_is_the_identity_where_a_reciprocal_rounds(fan_in):
+    """n * (1 / n) is not 1 in float32 for these n, should a compiler divide that way."""
+    assert np.float32(fan_in) * (np.float32(1) / np.float32(fan_in)) != 1
+    grads = {"kernel": np.random.default_rng(0).normal(size=(fan_in, 5)).astype(np.float32)}
+    masks = {"kernel": np.ones((fan_in, 5), bool)}
+    for average_over in ("layer", "network", None):
+        assert_same_bits(scale(grads, masks, True, average_over=average_over), grads)
+
+
 @pytest.mark.parametrize("neurons", [1, 3, 7, 10, 41, 49, 100])
 def test_equal_fan_in_is_the_identity(neurons):
     """Every fan-in up to 64, so that a mean that is off by a rounding shows."""
