@@ -8,20 +8,28 @@ shape. Leaves that are never sparse (biases, norm scales, embeddings) are True e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparseopt_jax.axes import (
+    Axes,
+    AxesByPath,
+    from_layers,
+    kernel_axes,
+    layer_shape,
+    layers_of,
+)
+from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.selection import checked_size, random_masks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Prunable: TypeAlias = Callable[[str, Any], bool]
-OutAxes: TypeAlias = int | Sequence[int]
 
 
 class Distribution(Protocol):
@@ -72,8 +80,26 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def maskable_layers(params: PyTree, prunable: Prunable) -> dict[str, tuple[int, ...]]:
-    """Shapes by path of the leaves that ``prunable`` chooses.
+class Layers(NamedTuple):
+    """The layers that one maskable leaf holds: itself, or those that it stacks.
+
+    Attributes:
+      shape: of a single layer.
+      names: the leaf's path, or for a stack ``path/0``, ``path/1`` and so on.
+      batch: the leaf's axes that index the layers of a stack.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    batch: tuple[int, ...]
+
+
+def maskable_layers(
+    params: PyTree, prunable: Prunable, batch_axes: AxesByPath = ()
+) -> dict[str, Layers]:
+    """The leaves, by path, that ``prunable`` chooses, unless they stack something smaller.
+
+    A leaf whose layers have fewer than two dimensions stacks biases or scales, no kernels.
 
     Raises:
       TypeError: ``prunable`` is not callable, or chooses a leaf that is not floating.
@@ -82,21 +108,29 @@ def maskable_layers(params: PyTree, prunable: Prunable) -> dict[str, tuple[int, 
     if not callable(prunable):
         raise TypeError(f"prunable must be a function of (path, leaf), got {prunable!r}")
     leaves = named_leaves(params)
-    chosen = {path: leaf for path, leaf in leaves.items() if prunable(path, leaf)}
-    if not chosen:
-        raise ValueError(
-            "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
-            "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
-            f"params has {_listed(f'{path} {leaf.shape}' for path, leaf in leaves.items())}"
-        )
-    for path, leaf in chosen.items():
+    layers = {}
+    for path, leaf in leaves.items():
+        if not prunable(path, leaf):
+            continue
+        batch = kernel_axes(path, leaf.ndim, batch_axes=batch_axes).batch if leaf.ndim else ()
+        if batch and leaf.ndim - len(batch) < 2:
+            continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params leaf {path!r} has dtype {leaf.dtype}; only floating parameters can be "
                 "sparse. Convert it, or leave it out with prunable"
             )
         checked_size(leaf.shape)
-    return {path: tuple(leaf.shape) for path, leaf in chosen.items()}
+        n = layers_of(leaf.shape, batch)
+        names = tuple(f"{path}/{i}" for i in range(n)) if batch else (path,)
+        layers[path] = Layers(layer_shape(leaf.shape, batch), names, batch)
+    if not layers:
+        raise ValueError(
+            "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
+            "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
+            f"params has {_listed(f'{path} {leaf.shape}' for path, leaf in leaves.items())}"
+        )
+    return layers
 
 
 def init_masks(
@@ -105,6 +139,7 @@ def init_masks(
     distribution: Distribution,
     *,
     prunable: Prunable = default_prunable,
+    batch_axes: AxesByPath = (),
 ) -> PyTree:
     """Random masks with exactly the number of active weights that ``distribution`` gives a layer.
 
@@ -113,9 +148,13 @@ def init_masks(
       params: the model's parameters.
       distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
+      batch_axes: the axis or axes that index the layers of a stacked leaf (0 under ``nn.scan``), or
+        a mapping from glob patterns over paths to them. Each layer of a stack counts as a layer of
+        its own, which the distribution knows as ``path/0``, ``path/1`` and so on.
 
     Returns:
-      Bool arrays in the structure and shapes of ``params``, True where a weight is active.
+      Bool arrays in the structure and shapes of ``params``, True where a weight is active; in
+      Explicit mesh mode sharded as ``params``.
 
     Raises:
       TypeError: a leaf chosen by ``prunable`` is not floating.
@@ -129,25 +168,40 @@ def init_masks(
       >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
       (8, 4)
     """
-    layers = maskable_layers(params, prunable)
-    counts = distribution.layer_counts(layers)
+    layers = maskable_layers(params, prunable, batch_axes)
+    counts = distribution.layer_counts(
+        {name: leaf.shape for leaf in layers.values() for name in leaf.names}
+    )
     # Layers of the same shape are drawn together, which keeps the compiled program small.
     alike: dict[tuple[int, ...], list[str]] = {}
-    for path, shape in layers.items():
-        alike.setdefault(shape, []).append(path)
-    k = jnp.array([counts[path] for paths in alike.values() for path in paths], jnp.int32)
-    stacks = random_masks(key, tuple((len(paths), *shape) for shape, paths in alike.items()), k)
-    masks = {
-        path: stack[i]
-        for paths, stack in zip(alike.values(), stacks, strict=True)
-        for i, path in enumerate(paths)
-    }
+    for path, leaf in layers.items():
+        alike.setdefault(leaf.shape, []).append(path)
+    k = jnp.array(
+        [counts[name] for paths in alike.values() for p in paths for name in layers[p].names],
+        jnp.int32,
+    )
+    stacked = tuple(
+        (sum(len(layers[path].names) for path in paths), *shape) for shape, paths in alike.items()
+    )
 
-    def init(path: tuple[Any, ...], leaf: Any) -> Array:
-        name = path_str(path)
-        return masks[name] if name in masks else jnp.ones(jnp.shape(leaf), jnp.bool_)
+    def draw(key: Array) -> PyTree:
+        masks = {}
+        for stack, paths in zip(random_masks(key, stacked, k), alike.values(), strict=True):
+            start = 0
+            for path in paths:
+                end = start + len(layers[path].names)
+                masks[path] = stack[start:end], layers[path].batch
+                start = end
 
-    return jax.tree_util.tree_map_with_path(init, params)
+        def init(path: tuple[Any, ...], leaf: Any) -> Array:
+            if path_str(path) not in masks:
+                return jnp.ones(jnp.shape(leaf), jnp.bool_)
+            own, batch = masks[path_str(path)]
+            return from_layers(own, leaf.shape, batch)
+
+        return jax.tree_util.tree_map_with_path(init, params)
+
+    return in_auto_mode(draw, like=params)(key)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -175,20 +229,39 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, masks)
 
 
-def fan_in(mask: Array, out_axes: OutAxes = -1) -> Array:
+def fan_in(mask: Array, out_axes: Axes = -1, batch_axes: Axes = ()) -> Array:
     """Number of active incoming weights of each neuron (output unit).
 
     Args:
       mask: bool array, a layer's mask.
-      out_axes: the axis or axes that index neurons; all others are incoming. The last axis is right
-        for Flax's Dense (in, out) and Conv (height, width, in, out) kernels.
+      out_axes: the axis or axes that index neurons, as in
+        ``jax.nn.initializers.variance_scaling``; all that are in neither ``out_axes`` nor
+        ``batch_axes`` are incoming. See the table below.
+      batch_axes: the axis or axes that index the layers of a stacked kernel.
 
     Returns:
-      int32 array of the shape of the out axes, in the order in which the mask has them.
+      int32 array of the shape of the out and batch axes, in the order in which the mask has them.
 
     Raises:
-      TypeError: the mask is not bool.
-      ValueError: ``out_axes`` does not fit the mask's rank.
+      TypeError: the mask is not bool, or an axis no int.
+      ValueError: the axes do not fit the mask's rank.
+
+    ====================================================  ==========  ============
+    kernel                                                out_axes    batch_axes
+    ====================================================  ==========  ============
+    Flax, Haiku: Dense (in, out); Conv, also grouped and  -1          ()
+    depthwise (window, in / groups, out)
+    Flax attention's query, key, value (embed, heads,     (-2, -1)    ()
+    head_dim); DenseGeneral with several features
+    Flax attention's out (heads, head_dim, embed)         -1          ()
+    ConvTranspose (window, in, out)                       -1          ()
+    ConvTranspose(transpose_kernel=True)                  -2          ()
+    (window, out, in)
+    Equinox, PyTorch: Linear (out, in);                   0           ()
+    Conv (out, in / groups, window)
+    any of them stacked by nn.scan, vmap or lax.scan      as above,   0
+    along a leading axis                                  from -1
+    ====================================================  ==========  ============
 
     Source: SparseOpt (arXiv 2605.27541), where the sparsity of neuron i is 1 - fan_in_i / N.
 
@@ -198,22 +271,8 @@ def fan_in(mask: Array, out_axes: OutAxes = -1) -> Array:
       >>> sx.fan_in(jnp.array([[True, False], [True, True]])).tolist()
       [2, 1]
     """
-    axes = in_axes(mask.ndim, out_axes)
-    return jnp.sum(_checked_bool(mask, "mask"), axis=axes, dtype=jnp.int32)
-
-
-def in_axes(ndim: int, out_axes: OutAxes) -> tuple[int, ...]:
-    """The axes of an array of rank ``ndim`` that are not among ``out_axes``."""
-    axes = (out_axes,) if isinstance(out_axes, int) else tuple(out_axes)
-    if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in axes):
-        raise ValueError(
-            f"out_axes must lie in [-{ndim}, {ndim}) for an array of {ndim} dimensions, "
-            f"got {out_axes!r}"
-        )
-    positive = {axis % ndim for axis in axes}
-    if len(positive) != len(axes) or not axes:
-        raise ValueError(f"out_axes must name different axes, at least one, got {out_axes!r}")
-    return tuple(axis for axis in range(ndim) if axis not in positive)
+    axes = kernel_axes("", mask.ndim, out_axes, batch_axes)
+    return jnp.sum(_checked_bool(mask, "mask"), axis=axes.incoming, dtype=jnp.int32)
 
 
 def density(masks: PyTree) -> PyTree:
@@ -239,7 +298,9 @@ def density(masks: PyTree) -> PyTree:
     return jax.tree.map(share, masks)
 
 
-def scale_to_fan_in(params: PyTree, masks: PyTree, out_axes: OutAxes = -1) -> PyTree:
+def scale_to_fan_in(
+    params: PyTree, masks: PyTree, out_axes: AxesByPath = -1, batch_axes: AxesByPath = ()
+) -> PyTree:
     """Rescale freshly initialised weights to the fan-in that each neuron has left.
 
     An initializer draws weights with a variance of c / N for a dense fan-in of N; a neuron with
@@ -249,7 +310,8 @@ def scale_to_fan_in(params: PyTree, masks: PyTree, out_axes: OutAxes = -1) -> Py
     Args:
       params: pytree of floating arrays.
       masks: bool arrays of the same structure and shapes.
-      out_axes: see ``fan_in``.
+      out_axes: see ``fan_in``; also a mapping from glob patterns over paths to axes.
+      batch_axes: likewise.
 
     Returns:
       The rescaled, masked parameters, dtypes unchanged. Leaves of fewer than two dimensions and
@@ -270,16 +332,16 @@ def scale_to_fan_in(params: PyTree, masks: PyTree, out_axes: OutAxes = -1) -> Py
     """
     check_masks(masks, params)
 
-    def scale(p: Array, m: Array) -> Array:
+    def scale(path: tuple[Any, ...], p: Array, m: Array) -> Array:
         if p.ndim >= 2:
-            axes = in_axes(p.ndim, out_axes)
+            axes = kernel_axes(path_str(path), p.ndim, out_axes, batch_axes).incoming
             active = jnp.sum(m, axis=axes, keepdims=True, dtype=jnp.int32)
             dense = np.prod([p.shape[axis] for axis in axes])
             gain = jnp.sqrt(jnp.float32(dense) / jnp.maximum(active, 1).astype(jnp.float32))
             p = p * gain.astype(p.dtype)
         return jnp.where(m, p, jnp.zeros_like(p))
 
-    return jax.tree.map(scale, params, masks)
+    return jax.tree_util.tree_map_with_path(scale, params, masks)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:

@@ -7,14 +7,16 @@ layer's gradient is rotated too. SparseOpt multiplies it by sqrt(1 - s_i), over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax.masks import OutAxes, check_masks, in_axes, is_hidden, path_str
+from sparseopt_jax.axes import AxesByPath, KernelAxes, check_axes, check_patterns, kernel_axes
+from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -28,8 +30,10 @@ class MissingMasksError(ValueError):
 
 def scale_by_sparseopt(
     average_over: str | None = "layer",
-    out_axes: OutAxes = -1,
+    out_axes: AxesByPath = -1,
     layers: Callable[[str], bool] | None = None,
+    *,
+    batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Correct the gradient of every neuron for its sparsity.
 
@@ -47,10 +51,13 @@ def scale_by_sparseopt(
     Args:
       average_over: s_avg is the mean over the neurons of the ``"layer"`` (the paper), over those of
         all sparse layers of the ``"network"``, or None: no average, the factor is sqrt(1 - s_i).
-      out_axes: the axis or axes of a kernel that index neurons; see ``fan_in``.
+      out_axes: the axis or axes of a kernel that index neurons, or a mapping from glob patterns
+        over paths to them; see ``fan_in``.
       layers: predicate over the path (``"Dense_0/kernel"``) of a leaf; where it is False the
         gradient passes unchanged. Leave out layers that no normalisation follows: without one the
         effect does not arise. Leaves of fewer than two dimensions always pass unchanged.
+      batch_axes: the axis or axes that index the layers of a stack, or a mapping from patterns;
+        every layer has its own average.
 
     Returns:
       A stateless transformation. Its ``update`` reads the extra argument ``masks`` (bool arrays in
@@ -80,7 +87,8 @@ def scale_by_sparseopt(
         raise ValueError(f"average_over must be 'layer', 'network' or None, got {average_over!r}")
     if layers is not None and not callable(layers):
         raise TypeError(f"layers must be a function of a leaf's path, or None, got {layers!r}")
-    in_axes(32, out_axes)  # Raises where no kernel could have such axes.
+    check_axes("out_axes", out_axes)
+    check_axes("batch_axes", batch_axes)
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         del params
@@ -101,8 +109,8 @@ def scale_by_sparseopt(
                 "masks is missing: scale_by_sparseopt needs the masks of the weights. Wrap the "
                 "optimizer in sparse_training, or pass update(grads, state, params, masks=masks)"
             )
-        counts = neuron_fan_in(masks, updates, out_axes, fan_in, layers)
-        return scale_by_fan_in(updates, counts, average_over), state
+        counts = neuron_fan_in(masks, updates, out_axes, batch_axes, fan_in, layers)
+        return scale_by_fan_in(updates, counts, average_over, out_axes, batch_axes), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -115,8 +123,9 @@ def sparseopt(
     mask: Any = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
     *,
     average_over: str | None = "layer",
-    out_axes: OutAxes = -1,
+    out_axes: AxesByPath = -1,
     layers: Callable[[str], bool] | None = None,
+    batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
     """The paper's optimizer: SparseOpt's preconditioner ahead of SGD with momentum.
 
@@ -132,6 +141,7 @@ def sparseopt(
       average_over: see ``scale_by_sparseopt``.
       out_axes: see ``scale_by_sparseopt``.
       layers: see ``scale_by_sparseopt``.
+      batch_axes: see ``scale_by_sparseopt``.
 
     Returns:
       A gradient transformation; wrap it in ``sparse_training`` or pass ``masks`` to its ``update``.
@@ -152,7 +162,7 @@ def sparseopt(
       -0.55
     """
     return optax.chain(
-        scale_by_sparseopt(average_over, out_axes, layers),
+        scale_by_sparseopt(average_over, out_axes, layers, batch_axes=batch_axes),
         optax.add_decayed_weights(weight_decay, mask),
         optax.sgd(learning_rate, momentum, nesterov),
     )
@@ -161,18 +171,21 @@ def sparseopt(
 def neuron_fan_in(
     masks: PyTree,
     updates: PyTree,
-    out_axes: OutAxes,
+    out_axes: AxesByPath,
+    batch_axes: AxesByPath = (),
     fan_in: PyTree | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> PyTree:
     """Active fan-in of each neuron, kept dimensions; MaskedNode for leaves that are not corrected.
 
     ``fan_in`` are counts that were kept from an earlier step. Their shape says over which axes they
-    were summed; where those are not ``out_axes``'s complement, the mask is counted again.
+    were summed; where those are not the incoming axes, the mask is counted again.
     """
     # Inside optax.masked and optax.partition, a part of the updates is replaced by MaskedNode.
     if not any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
         check_masks(masks, updates)
+        check_patterns("out_axes", out_axes, named_leaves(updates))
+        check_patterns("batch_axes", batch_axes, named_leaves(updates))
 
     def count(path: tuple[Any, ...], update: Any, mask: Any, kept: Any) -> Any:
         if is_hidden(update) or jnp.ndim(update) < 2:
@@ -181,56 +194,81 @@ def neuron_fan_in(
             return optax.MaskedNode()
         if fan_in is not None and is_hidden(kept):
             return optax.MaskedNode()
-        axes = in_axes(mask.ndim, out_axes)
-        shape = tuple(1 if axis in axes else size for axis, size in enumerate(mask.shape))
+        axes = kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes)
+        if mask.ndim - len(axes.batch) < 2:
+            return optax.MaskedNode()
+        shape = tuple(1 if axis in axes.incoming else size for axis, size in enumerate(mask.shape))
         if fan_in is not None and kept.shape == shape:
             return kept
-        return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+        return jnp.sum(mask, axis=axes.incoming, keepdims=True, dtype=jnp.int32)
 
     kept = masks if fan_in is None else fan_in
     return jax.tree_util.tree_map_with_path(count, updates, masks, kept, is_leaf=is_hidden)
 
 
-def scale_by_fan_in(updates: PyTree, counts: PyTree, average_over: str | None) -> PyTree:
+def scale_by_fan_in(
+    updates: PyTree,
+    counts: PyTree,
+    average_over: str | None,
+    out_axes: AxesByPath = -1,
+    batch_axes: AxesByPath = (),
+) -> PyTree:
     """Multiply each neuron's update by its factor; ``counts`` as ``neuron_fan_in`` gives them."""
-    network_density = None
-    if average_over == "network":
-        network_density = _mean_density_of_sparse_layers(updates, counts)
 
-    def scale(update: Any, count: Any) -> Any:
+    def axes_of(path: tuple[Any, ...], update: Any, count: Any) -> Any:
         if is_hidden(update) or is_hidden(count):
+            return optax.MaskedNode()
+        return _Layer(update, count, kernel_axes(path_str(path), count.ndim, out_axes, batch_axes))
+
+    layers = jax.tree_util.tree_map_with_path(axes_of, updates, counts, is_leaf=is_hidden)
+    network_density: Any = None
+    if average_over == "network":
+        sparse = [x for x in jax.tree.leaves(layers, is_leaf=_is_layer) if _is_layer(x)]
+        network_density = _mean_density_of_sparse_layers(sparse)
+
+    def scale(layer: Any, update: Any) -> Any:
+        if not _is_layer(layer):
             return update
-        total = jnp.sum(count)
         if average_over == "layer":
             # fan_in_i / (total / neurons)
-            ratio = _ratio(count * count.size, jnp.maximum(total, 1))
+            ratio = _ratio(layer.count * layer.neurons, jnp.maximum(layer.total, 1))
         else:
-            ratio = _ratio(count, update.size // count.size)
+            ratio = _ratio(layer.count, layer.dense_fan_in)
             if network_density is not None:
-                ratio = jnp.where(total == update.size, 1.0, ratio / network_density)
+                ratio = jnp.where(layer.is_dense, 1.0, ratio / network_density)
         return update * jnp.sqrt(ratio).astype(update.dtype)
 
-    return jax.tree.map(scale, updates, counts, is_leaf=is_hidden)
+    return jax.tree.map(scale, layers, updates, is_leaf=lambda x: _is_layer(x) or is_hidden(x))
 
 
-def _mean_density_of_sparse_layers(updates: PyTree, counts: PyTree) -> Array:
+class _Layer:
+    """What the factors of a kernel's neurons derive from; a stack's layers side by side."""
+
+    def __init__(self, update: Array, count: Array, axes: KernelAxes) -> None:
+        self.count = count
+        self.neurons = math.prod(count.shape[axis] for axis in axes.out)
+        self.dense_fan_in = math.prod(update.shape[axis] for axis in axes.incoming)
+        # Active weights of each layer, one number for each entry of the batch axes.
+        self.total = jnp.sum(count, axis=axes.out + axes.incoming, keepdims=True)
+        self.is_dense = self.total == self.neurons * self.dense_fan_in
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, _Layer)
+
+
+def _mean_density_of_sparse_layers(layers: Sequence[_Layer]) -> Array:
     """Mean of 1 - s_i over the neurons of the layers that are not dense; 1 where there are none."""
-    neurons, densities = [], []
-    for update, count in zip(
-        jax.tree.leaves(updates, is_leaf=is_hidden),
-        jax.tree.leaves(counts, is_leaf=is_hidden),
-        strict=True,
-    ):
-        if is_hidden(update) or is_hidden(count):
-            continue
-        total = jnp.sum(count)
-        is_sparse = total < update.size
-        neurons.append(jnp.where(is_sparse, jnp.float32(count.size), 0.0))
-        # The layer's sum of fan_in_i / N over its neurons.
-        densities.append(jnp.where(is_sparse, _ratio(total, update.size // count.size), 0.0))
-    total_density, total_neurons = sum(densities, jnp.float32(0)), sum(neurons, jnp.float32(0))
+    density, neurons = jnp.float32(0), jnp.float32(0)
+    for layer in layers:
+        neurons += layer.neurons * jnp.sum(~layer.is_dense, dtype=jnp.int32).astype(jnp.float32)
+        # A layer's sum of fan_in_i / N over its neurons.
+        density += jnp.sum(
+            jnp.where(layer.is_dense, 0.0, _ratio(layer.total, layer.dense_fan_in)),
+            dtype=jnp.float32,
+        )
     # No active weight in any sparse layer: every factor is 0 / 1 then.
-    return jnp.where(total_density > 0, total_density / jnp.maximum(total_neurons, 1.0), 1.0)
+    return jnp.where(density > 0, density / jnp.maximum(neurons, 1.0), 1.0)
 
 
 def _ratio(part: Array, whole: Any) -> Array:

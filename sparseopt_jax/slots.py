@@ -1,13 +1,15 @@
 """The per-weight slots of an optimizer's state, found without a list of state classes.
 
-``optax.tree.map_params`` tells which arrays of a state stand for parameters, because an optimizer's
-``init`` copies the structure of what it is given. Those of them that have their parameter's shape
-are kept per weight (momentum, second moments, averages); others (factored or row statistics) are
-shared by many weights and are left alone.
+An optimizer's ``init`` copies the tree of parameters that it is given, so the path of a slot ends
+with the path of its parameter. Those that have their parameter's shape are kept per weight
+(momentum, second moments, averages); others (factored, row statistics, memories) are shared by many
+weights and are left alone. ``optax.tree.map_params`` would need an ``init`` that works on a tree
+without leaves, which those of L-BFGS, line searches and ``optax.flatten`` do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -23,44 +25,49 @@ PyTree: TypeAlias = Any
 _SHARED = object()
 
 
-def _slot_masks(inner: optax.GradientTransformation, state: PyTree, masks: PyTree) -> PyTree:
-    """The inner state with each per-weight slot replaced by its mask, all others by ``_SHARED``."""
+def owners(tree: PyTree) -> Callable[[tuple[Any, ...]], Any]:
+    """A function that finds the leaf of ``tree`` whose slot lies at a path in a state, or None."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hidden))
 
-    def slot_mask(slot: Any, mask: Any) -> Any:
-        if is_hidden(slot):
-            return slot
-        per_weight = not is_hidden(mask) and jnp.shape(slot) == mask.shape
+    def owner(path: tuple[Any, ...]) -> Any:
+        # The longest end that is a leaf's path: a shorter one may be another leaf's.
+        ends = (path[start:] for start in range(len(path) + 1))
+        return next((by_path[end] for end in ends if end in by_path), None)
+
+    return owner
+
+
+def _slot_masks(state: PyTree, masks: PyTree) -> PyTree:
+    """The inner state with each per-weight slot replaced by its mask, all others by ``_SHARED``."""
+    mask_at = owners(masks)
+
+    def slot_mask(path: tuple[Any, ...], slot: Any) -> Any:
+        mask = mask_at(path)
+        per_weight = mask is not None and not is_hidden(mask) and jnp.shape(slot) == mask.shape
         return mask if per_weight else _SHARED
 
-    return optax.tree.map_params(
-        inner,
-        slot_mask,
-        state,
-        masks,
-        transform_non_params=lambda _: _SHARED,
-        is_leaf=is_hidden,
-    )
+    return jax.tree_util.tree_map_with_path(slot_mask, state)
 
 
 def reset_inactive(
-    inner: optax.GradientTransformation, state: PyTree, initial: PyTree, masks: PyTree
+    init: optax.TransformInitFn, state: PyTree, initial: PyTree, masks: PyTree
 ) -> PyTree:
-    """Put per-weight slots of inactive weights back to the value that ``inner.init`` gives."""
+    """Put per-weight slots of inactive weights back to the value that ``init`` gives."""
     return jax.tree.map(
         lambda slot, start, m: slot if m is _SHARED else jnp.where(m, slot, start),
         state,
         initial,
-        _slot_masks(inner, state, masks),
+        _slot_masks(state, masks),
     )
 
 
 def keep_per_weight(
-    inner: optax.GradientTransformation, keep: Array, old: PyTree, new: PyTree, masks: PyTree
+    init: optax.TransformInitFn, keep: Array, old: PyTree, new: PyTree, masks: PyTree
 ) -> PyTree:
     """Per-weight slots of ``old`` where ``keep``; schedules and counters of ``new`` always."""
     return jax.tree.map(
         lambda before, after, m: after if m is _SHARED else jnp.where(keep, before, after),
         old,
         new,
-        _slot_masks(inner, new, masks),
+        _slot_masks(new, masks),
     )

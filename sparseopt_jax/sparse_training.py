@@ -15,16 +15,19 @@ that JAX returns is already the dense gradient by which RigL grows. Within one `
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparseopt_jax.arguments import as_key, check_arguments
+from sparseopt_jax.axes import AxesByPath, check_axes, check_patterns, kernel_axes
+from sparseopt_jax.explicit import in_auto_mode
+from sparseopt_jax.explored import pack
 from sparseopt_jax.masks import (
     Distribution,
-    OutAxes,
     Prunable,
     apply_masks,
     check_masks,
@@ -32,12 +35,15 @@ from sparseopt_jax.masks import (
     init_masks,
     is_hidden,
     maskable_layers,
+    named_leaves,
     path_str,
 )
 from sparseopt_jax.preconditioner import MissingMasksError, scale_by_fan_in
 from sparseopt_jax.slots import keep_per_weight, reset_inactive
 from sparseopt_jax.state import (
     SparseTrainingState,
+    add_explored,
+    check_dense,
     count_fan_in,
     find_state,
     maskable,
@@ -63,11 +69,14 @@ class SparseTraining(optax.GradientTransformationExtraArgs):
 def sparse_training(
     inner: optax.GradientTransformation,
     *,
-    distribution: Distribution,
     topology: Topology,
+    distribution: Distribution | None = None,
+    masks: PyTree | None = None,
     seed: Any = 0,
     prunable: Prunable = default_prunable,
-    out_axes: OutAxes = -1,
+    static_layers: Callable[[str], bool] | None = None,
+    out_axes: AxesByPath = -1,
+    batch_axes: AxesByPath = (),
     automatic: bool = True,
 ) -> SparseTraining:
     """Train sparsely with any optax optimizer.
@@ -75,13 +84,19 @@ def sparse_training(
     Args:
       inner: the optimizer, for example ``sparseopt(0.1)`` or ``optax.adam(1e-3)``. It gets the
         extra arguments ``masks`` and ``fan_in`` where it reads them (``scale_by_sparseopt`` does).
-      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``.
       topology: when and how the masks change: ``Static``, ``SET``, ``RigL``.
+      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``.
+      masks: in place of a distribution, the masks to start from: bool arrays in the structure and
+        shapes of the parameters, True everywhere in leaves that ``prunable`` does not choose.
       seed: an int, a JAX random key, or a traced one of either. Initial masks, random growth and
         ties derive from it.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
-      out_axes: the axis or axes of kernels that index neurons; see ``fan_in``. Give
-        ``scale_by_sparseopt`` the same, or it counts the masks again on each step.
+      static_layers: predicate over the path of a leaf; where it is True the masks never change.
+      out_axes: the axis or axes of kernels that index neurons, or a mapping from glob patterns over
+        paths to them; see ``fan_in``. Give ``scale_by_sparseopt`` the same, or it counts the masks
+        again on each step.
+      batch_axes: likewise the axis or axes that index the layers of stacked kernels. Each layer of
+        a stack keeps its own number of weights.
       automatic: whether ``update`` follows the topology's schedule. With False the masks change
         only through ``update_topology``, for loops that schedule it themselves (under ``jax.vmap``
         a scheduled update would be computed on every step).
@@ -90,6 +105,8 @@ def sparse_training(
       A transformation to be outermost but for wrappers that skip or accumulate whole steps
       (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.inject_hyperparams``): whatever
       changes its updates would change the ``-w`` of inactive weights. ``update`` needs ``params``.
+      Around ``optax.lookahead`` the parameters are ``optax.LookaheadParams``: both copies are kept
+      sparse by the same masks, which have the structure of one of them.
 
     Raises:
       TypeError: an argument of the wrong type; from ``init``: prunable parameters not floating.
@@ -115,63 +132,108 @@ def sparse_training(
       >>> int(jnp.count_nonzero(params["kernel"]))
       16
     """
-    _check_arguments(inner, distribution, topology, automatic)
-    mask_key, topology_key = jax.random.split(_as_key(seed))
+    check_arguments(inner, distribution, masks, topology, static_layers, automatic)
+    check_axes("out_axes", out_axes)
+    check_axes("batch_axes", batch_axes)
+    mask_key, topology_key = jax.random.split(as_key(seed))
     key_impl = jax.random.key_impl(topology_key)
     inner = optax.with_extra_args_support(inner)
     accumulates = automatic and topology.accumulate_steps > 1
     reads_masks: list[bool] = []
+    initial_masks = masks
 
     def init_fn(params: PyTree) -> SparseTrainingState:
-        masks = init_masks(mask_key, params, distribution, prunable=prunable)
-        layers = maskable_layers(params, prunable)
+        if _is_placeholder(params):
+            return _outline(params)
+        weights = _copies(params)[0]
+        layers = maskable_layers(weights, prunable, batch_axes)
+        check_patterns("out_axes", out_axes, named_leaves(weights))
+        check_patterns("batch_axes", batch_axes, named_leaves(weights))
+        if initial_masks is None:
+            assert distribution is not None  # check_arguments
+            masks = init_masks(
+                mask_key, weights, distribution, prunable=prunable, batch_axes=batch_axes
+            )
+        else:
+            check_masks(initial_masks, weights)
+            check_dense(initial_masks, lambda path: path not in layers)
+            masks = in_auto_mode(lambda m: m, like=weights)(
+                jax.tree.map(jnp.asarray, initial_masks)
+            )
 
         def count(path: tuple[Any, ...], mask: Array) -> Any:
-            return count_fan_in(mask, out_axes) if path_str(path) in layers else optax.MaskedNode()
+            if path_str(path) not in layers:
+                return optax.MaskedNode()
+            return count_fan_in(mask, kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes))
 
         fan_in = jax.tree_util.tree_map_with_path(count, masks)
         accumulator: PyTree = ()
         if accumulates:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights)
             accumulator = maskable(fan_in, zeros)
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(topology_key),
             masks=masks,
             fan_in=fan_in,
+            explored=jax.tree.map(pack, maskable(fan_in, masks)),
             accumulator=accumulator,
-            inner_state=inner.init(apply_masks(params, masks)),
+            inner_state=inner.init(_each_copy(lambda p: apply_masks(p, masks), params)),
+        )
+
+    def _outline(placeholder: Any) -> SparseTrainingState:
+        """The state of ``optax.tree.map_params``, with what stands for parameters in their place.
+
+        The fan-in and explored set are no copies of the parameters: they have their own shapes.
+        """
+        return SparseTrainingState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(topology_key),
+            masks=placeholder,
+            fan_in=jnp.zeros(()),
+            explored=jnp.zeros(()),
+            accumulator=placeholder if accumulates else (),
+            inner_state=inner.init(placeholder),
+        )
+
+    def moving(fan_in: PyTree, tree: PyTree) -> PyTree:
+        """``tree`` without the leaves whose masks never change."""
+        tree = maskable(fan_in, tree)
+        if static_layers is None:
+            return tree
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: optax.MaskedNode() if static_layers(path_str(path)) else leaf, tree
         )
 
     def updated_topology(
         state: SparseTrainingState, params: PyTree, scores: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """Masks and fan-in after one topology update at ``state.step``."""
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """Masks, fan-in and explored set after one topology update at ``state.step``."""
         if topology.grow_by == "corrected_gradient":
-            scores = scale_by_fan_in(scores, state.fan_in, None)
+            scores = scale_by_fan_in(scores, state.fan_in, None, out_axes, batch_axes)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=key_impl), state.step)
         masks = topology.update(
             key,
             state.step,
-            maskable(state.fan_in, state.masks),
-            maskable(state.fan_in, params),
-            maskable(state.fan_in, scores),
+            moving(state.fan_in, state.masks),
+            moving(state.fan_in, params),
+            moving(state.fan_in, scores),
+            batch_axes=batch_axes,
         )
-        fan_in = recount(state.fan_in, masks)
         merged = jax.tree.map(
             lambda new, old: old if is_hidden(new) else new,
             masks,
             state.masks,
             is_leaf=is_hidden,
         )
-        return merged, fan_in
+        return merged, recount(state.fan_in, merged), add_explored(state.explored, merged)
 
     def update_topology(
         state: SparseTrainingState, params: PyTree, grads: PyTree
     ) -> SparseTrainingState:
         _check_fit(state, params, grads)
-        masks, fan_in = updated_topology(state, params, grads)
-        return state._replace(masks=masks, fan_in=fan_in)
+        masks, fan_in, explored = updated_topology(state, _copies(params)[0], grads)
+        return state._replace(masks=masks, fan_in=fan_in, explored=explored)
 
     def update_fn(
         updates: PyTree, state: SparseTrainingState, params: PyTree | None = None, **extra: Any
@@ -182,7 +244,7 @@ def sparse_training(
             )
         _check_fit(state, params, updates)
         grads, accumulator = updates, state.accumulator
-        masks, fan_in = state.masks, state.fan_in
+        masks, fan_in, explored = state.masks, state.fan_in, state.explored
         is_update: Any = topology.is_update_step(state.step) if automatic else False
         if is_update is not False:
             scores = grads
@@ -194,25 +256,27 @@ def sparse_training(
                     maskable(fan_in, grads),
                 )
                 accumulator = jax.tree.map(lambda s: jnp.where(is_update, 0.0, s), scores)
-            masks, fan_in = lax.cond(
+            masks, fan_in, explored = lax.cond(
                 is_update,
-                lambda: updated_topology(state, params, scores),
-                lambda: (masks, fan_in),
+                lambda: updated_topology(state, _copies(params)[0], scores),
+                lambda: (masks, fan_in, explored),
             )
 
-        def where_active(active: Any, inactive: Any) -> PyTree:
-            """``active`` on active weights, ``inactive()`` on the others, leaf by leaf."""
+        def where_active(active: Any) -> PyTree:
             return jax.tree.map(
-                lambda count, m, a: a if is_hidden(count) else jnp.where(m, a, inactive(a)),
+                lambda count, m, a: a if is_hidden(count) else jnp.where(m, a, jnp.zeros_like(a)),
                 fan_in,
                 masks,
                 active,
                 is_leaf=is_hidden,
             )
 
-        grads, weights = where_active(grads, jnp.zeros_like), where_active(params, jnp.zeros_like)
+        grads, weights = where_active(grads), _each_copy(where_active, params)
         inner_state = reset_inactive(
-            inner, state.inner_state, inner.init(weights), maskable(fan_in, masks)
+            _init_one_copy(inner, params),
+            state.inner_state,
+            inner.init(weights),
+            maskable(fan_in, masks),
         )
         if not reads_masks:
             reads_masks.append(_reads_masks(inner, grads, inner_state, weights, extra))
@@ -221,13 +285,19 @@ def sparse_training(
         steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
         if topology.skip_step and is_update is not False:
             steps = jax.tree.map(lambda u: jnp.where(is_update, jnp.zeros_like(u), u), steps)
-            new_inner_state = keep_per_weight(inner, is_update, inner_state, new_inner_state, masks)
-        steps = jax.tree.map(_leave, fan_in, masks, steps, params, is_leaf=is_hidden)
-        return steps, SparseTrainingState(
+            new_inner_state = keep_per_weight(
+                _init_one_copy(inner, params), is_update, inner_state, new_inner_state, masks
+            )
+
+        def leave(steps: PyTree, weights: PyTree) -> PyTree:
+            return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
+
+        return _each_copy(leave, steps, params), SparseTrainingState(
             step=optax.safe_increment(state.step),
             key=state.key,
             masks=masks,
             fan_in=fan_in,
+            explored=explored,
             accumulator=accumulator,
             inner_state=new_inner_state,
         )
@@ -277,44 +347,32 @@ def update_topology(
             f"it, got {type(tx).__name__}"
         )
     state = tx.update_topology(find_state(opt_state), params, grads)
-    return apply_masks(params, state.masks), replace_state(opt_state, state)
+    params = _each_copy(lambda p: apply_masks(p, state.masks), params)
+    return params, replace_state(opt_state, state)
 
 
-def _check_arguments(inner: Any, distribution: Any, topology: Any, automatic: Any) -> None:
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax gradient transformation, got {inner!r}"
-            + ("; MultiSteps goes around sparse_training" if hasattr(inner, "has_updated") else "")
-        )
-    if isinstance(distribution, type) or not hasattr(distribution, "layer_counts"):
-        raise TypeError(f"distribution must be a value such as ERK(0.9), got {distribution!r}")
-    if isinstance(topology, type) or not hasattr(topology, "is_update_step"):
-        raise TypeError(f"topology must be a value such as Static(), got {topology!r}")
-    if not isinstance(automatic, bool):
-        raise TypeError(f"automatic must be True or False, got {automatic!r}")
-    if not automatic and topology.accumulate_steps > 1:
-        raise ValueError(
-            f"accumulate_steps={topology.accumulate_steps} needs automatic=True; a loop that "
-            "schedules updates itself passes the gradients it accumulated to update_topology"
-        )
+def _copies(params: PyTree) -> tuple[PyTree, ...]:
+    """The weights; those that the gradient is taken at first, where an optimizer keeps two."""
+    return tuple(params) if isinstance(params, optax.LookaheadParams) else (params,)
 
 
-def _as_key(seed: Any) -> Array:
-    """A typed key from an int, a key of either kind, or a traced one."""
-    if isinstance(seed, bool) or not (isinstance(seed, int) or hasattr(seed, "dtype")):
-        raise TypeError(f"seed must be an int or a JAX random key, got {seed!r}")
-    if isinstance(seed, int):
-        return jax.random.key(seed)
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.ndim == 0:
-        return cast(Array, seed)
-    if jnp.issubdtype(seed.dtype, jnp.integer) and seed.ndim == 0:
-        return jax.random.key(seed)
-    if seed.dtype == jnp.uint32 and seed.ndim == 1:
-        return jax.random.wrap_key_data(seed)
-    raise TypeError(
-        "seed must be an int or one JAX random key, got an array of "
-        f"dtype {seed.dtype} and shape {seed.shape}"
-    )
+def _each_copy(function: Callable[..., PyTree], *params: PyTree) -> PyTree:
+    if isinstance(params[0], optax.LookaheadParams):
+        return optax.LookaheadParams(*map(function, *params))
+    return function(*params)
+
+
+def _init_one_copy(inner: optax.GradientTransformation, params: PyTree) -> optax.TransformInitFn:
+    """``inner.init`` as a function of one copy of the weights, which slots stand for."""
+    if isinstance(params, optax.LookaheadParams):
+        return lambda copy: inner.init(optax.LookaheadParams(copy, copy))
+    return inner.init
+
+
+def _is_placeholder(params: PyTree) -> bool:
+    """Whether this is what ``optax.tree.map_params`` puts in the place of parameters."""
+    containers = (dict, list, tuple, type(None))
+    return not jax.tree.leaves(params) and not isinstance(params, containers)
 
 
 def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> None:
@@ -323,7 +381,8 @@ def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> Non
             "opt_state must be a SparseTrainingState as init returns it, "
             f"got {type(state).__name__}"
         )
-    check_masks(state.masks, params)
+    for copy in _copies(params):
+        check_masks(state.masks, copy)
     check_masks(state.masks, grads)
 
 

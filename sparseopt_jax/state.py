@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax.masks import OutAxes, check_masks, in_axes, is_hidden, path_str
+from sparseopt_jax.axes import KernelAxes
+from sparseopt_jax.explored import count_explored, pack, unpack
+from sparseopt_jax.masks import check_masks, is_hidden, named_leaves
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -24,6 +27,8 @@ class SparseTrainingState(NamedTuple):
       masks: bool arrays in the structure and shapes of the parameters.
       fan_in: for each maskable leaf the int32 active fan-in of its neurons, with the incoming axes
         kept as 1; ``optax.MaskedNode`` for all other leaves.
+      explored: for each maskable leaf which weights have been active at any time, uint8 with one
+        bit a weight; ``optax.MaskedNode`` for all other leaves. See ``get_explored``.
       accumulator: float32 sums of gradients where the topology accumulates, else an empty tuple.
       inner_state: the wrapped optimizer's state.
     """
@@ -32,6 +37,7 @@ class SparseTrainingState(NamedTuple):
     key: Array
     masks: PyTree
     fan_in: PyTree
+    explored: PyTree
     accumulator: PyTree
     inner_state: optax.OptState
 
@@ -59,6 +65,72 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
     """
     # New containers, so that a caller who edits the tree does not edit the state.
     return jax.tree.map(lambda mask: mask, find_state(opt_state).masks)
+
+
+def get_explored(opt_state: optax.OptState) -> PyTree:
+    """Which weights have been active at any time since the first step.
+
+    Args:
+      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+
+    Returns:
+      Bool arrays in the structure and shapes of the parameters; True everywhere for leaves that
+      are never sparse. ``density`` of it is the exploration rate of each layer.
+
+    Raises:
+      ValueError: there is no such state in it, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> tx = sx.sparse_training(
+      ...     optax.sgd(0.1), distribution=sx.ERK(0.5), topology=sx.Static())
+      >>> opt_state = tx.init({"kernel": jnp.ones((4, 4))})
+      >>> int(sx.get_explored(opt_state)["kernel"].sum())
+      8
+    """
+    state = find_state(opt_state)
+    return jax.tree.map(
+        lambda bits, mask: mask if is_hidden(bits) else unpack(bits, mask),
+        state.explored,
+        state.masks,
+        is_leaf=is_hidden,
+    )
+
+
+def itop_rate(opt_state: optax.OptState) -> Array:
+    """ITOP rate R_m: the share of weights that have been active at any time so far.
+
+    R_m = |union of all masks so far| / number of maskable weights. Only leaves that may be sparse
+    count, in numerator and denominator; leaves that ``prunable`` left out do not, a maskable layer
+    that the distribution keeps dense does.
+
+    Args:
+      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+
+    Returns:
+      float32 scalar in (0, 1]. Per layer: ``density(get_explored(opt_state))``.
+
+    Raises:
+      ValueError: there is no such state in it, or more than one.
+
+    Source: Liu et al., In-Time Over-Parameterization (arXiv 2102.02887), section 3.2.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+      >>> tx = sx.sparse_training(
+      ...     optax.sgd(0.1), distribution=sx.ERK(0.75), topology=sx.Static())
+      >>> float(sx.itop_rate(tx.init(params)))
+      0.25
+    """
+    state = find_state(opt_state)
+    sizes = [mask.size for mask in jax.tree.leaves(maskable(state.fan_in, state.masks))]
+    explored = [count_explored(bits) for bits in jax.tree.leaves(state.explored)]
+    # Counts are integers in a layer; their total may be more than int32 holds.
+    total = sum((n.astype(jnp.float32) for n in explored), jnp.float32(0))
+    return total / jnp.float32(sum(sizes))
 
 
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
@@ -93,15 +165,31 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     state = find_state(opt_state)
     check_masks(masks, state.masks)
     masks = jax.tree.map(jnp.asarray, masks)
-    hidden = jax.tree.leaves(state.fan_in, is_leaf=is_hidden)
-    for (path, mask), count in zip(jax.tree_util.tree_leaves_with_path(masks), hidden, strict=True):
-        if is_hidden(count) and not isinstance(mask, jax.core.Tracer) and not np.all(mask):
+    maskable_paths = named_leaves(state.fan_in)
+    check_dense(masks, lambda path: path not in maskable_paths)
+    # Masks that no step has used yet have explored nothing.
+    unused = state.step == 0
+    before = jax.tree.map(lambda bits: jnp.where(unused, jnp.uint8(0), bits), state.explored)
+    new = state._replace(
+        masks=masks,
+        fan_in=recount(state.fan_in, masks),
+        explored=add_explored(before, masks),
+    )
+    return replace_state(opt_state, new)
+
+
+def check_dense(masks: PyTree, never_sparse: Callable[[str], bool]) -> None:
+    """Raise where a leaf that ``prunable`` left out has inactive weights; traced masks pass."""
+    for path, mask in named_leaves(masks).items():
+        if never_sparse(path) and not isinstance(mask, jax.core.Tracer) and not np.all(mask):
             raise ValueError(
-                f"masks leaf {path_str(path)!r} must be True everywhere, got {int((~mask).sum())} "
+                f"masks leaf {path!r} must be True everywhere, got {int((~mask).sum())} "
                 "inactive weights: prunable left this leaf out of the sparse ones"
             )
-    new = state._replace(masks=masks, fan_in=recount(state.fan_in, masks))
-    return replace_state(opt_state, new)
+
+
+def holds_state(opt_state: optax.OptState) -> bool:
+    return any(map(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state)))
 
 
 def find_state(opt_state: optax.OptState) -> SparseTrainingState:
@@ -129,8 +217,9 @@ def maskable(fan_in: PyTree, tree: PyTree) -> PyTree:
     )
 
 
-def count_fan_in(mask: Array, out_axes: OutAxes) -> Array:
-    return jnp.sum(mask, axis=in_axes(mask.ndim, out_axes), keepdims=True, dtype=jnp.int32)
+def count_fan_in(mask: Array, axes: KernelAxes) -> Array:
+    """Active fan-in with the incoming axes kept as 1."""
+    return jnp.sum(mask, axis=axes.incoming, keepdims=True, dtype=jnp.int32)
 
 
 def recount(fan_in: PyTree, masks: PyTree) -> PyTree:
@@ -143,3 +232,13 @@ def recount(fan_in: PyTree, masks: PyTree) -> PyTree:
         return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
 
     return jax.tree.map(count, fan_in, masks, is_leaf=is_hidden)
+
+
+def add_explored(explored: PyTree, masks: PyTree) -> PyTree:
+    """The explored set with the weights of new masks in it."""
+    return jax.tree.map(
+        lambda bits, mask: bits if is_hidden(bits) else bits | pack(mask),
+        explored,
+        masks,
+        is_leaf=is_hidden,
+    )

@@ -8,14 +8,14 @@ compiled program small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from sparseopt_jax.masks import check_masks
+from sparseopt_jax.axes import AxesByPath
+from sparseopt_jax.layerwise import update_layerwise
 from sparseopt_jax.selection import Stacks, random_masks, top_k_masks
 
 Array: TypeAlias = jax.Array
@@ -51,7 +51,14 @@ class Topology(Protocol):
         ...
 
     def update(
-        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+        self,
+        key: Array,
+        step: Any,
+        masks: PyTree,
+        params: PyTree,
+        scores: PyTree,
+        *,
+        batch_axes: AxesByPath = (),
     ) -> PyTree:
         """The masks after one update."""
         ...
@@ -80,7 +87,14 @@ class Static:
         return False
 
     def update(
-        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+        self,
+        key: Array,
+        step: Any,
+        masks: PyTree,
+        params: PyTree,
+        scores: PyTree,
+        *,
+        batch_axes: AxesByPath = (),
     ) -> PyTree:
         """The masks as they are."""
         return masks
@@ -208,11 +222,20 @@ class SET(_Scheduled):
         _check_bool("skip_step", self.skip_step)
 
     def update(
-        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+        self,
+        key: Array,
+        step: Any,
+        masks: PyTree,
+        params: PyTree,
+        scores: PyTree,
+        *,
+        batch_axes: AxesByPath = (),
     ) -> PyTree:
         """One update; see ``RigL.update``. ``scores`` only tell which layers are finite."""
 
-        def update_layers(key: Array, masks: Stacks, weights: Stacks, scores: Stacks) -> Stacks:
+        def update_layers(
+            key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+        ) -> Stacks:
             drop_key, grow_key = jax.random.split(key)
             if self.drop_by == "magnitude":
                 kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
@@ -234,7 +257,7 @@ class SET(_Scheduled):
                 n_drop = n_positive + n_negative
             return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, _inverted(kept)))
 
-        return _update_by_shape(update_layers, key, masks, params, scores)
+        return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
 
 @dataclass(frozen=True)
@@ -299,7 +322,14 @@ class RigL(_Scheduled):
         return (next_update - step < self.accumulate_steps) & (next_update <= self.end_step)
 
     def update(
-        self, key: Array, step: Any, masks: PyTree, params: PyTree, scores: PyTree
+        self,
+        key: Array,
+        step: Any,
+        masks: PyTree,
+        params: PyTree,
+        scores: PyTree,
+        *,
+        batch_axes: AxesByPath = (),
     ) -> PyTree:
         """One update, whatever the schedule says; pure, and safe under jit, vmap and scan.
 
@@ -310,22 +340,26 @@ class RigL(_Scheduled):
           params: floating arrays of the same structure and shapes.
           scores: likewise, what to grow by: the gradient with respect to all weights, also those
             that are not active. Ranked by absolute value.
+          batch_axes: the axis or axes that index the layers of a stacked leaf, or a mapping from
+            glob patterns over paths to them; each layer of a stack is updated on its own.
 
         Returns:
-          Masks with the same number of active weights in every leaf.
+          Masks with the same number of active weights in every layer.
 
         Raises:
           TypeError: a mask is not bool, or params or scores are not floating.
           ValueError: structure or shapes differ.
         """
 
-        def update_layers(key: Array, masks: Stacks, weights: Stacks, scores: Stacks) -> Stacks:
+        def update_layers(
+            key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+        ) -> Stacks:
             drop_key, grow_key = jax.random.split(key)
             kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
             magnitudes = [jnp.abs(score) for score in scores]
             return _grown(kept, top_k_masks(magnitudes, n_drop, grow_key, _inverted(kept)))
 
-        return _update_by_shape(update_layers, key, masks, params, scores)
+        return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
 
 def _millionths_of(millionths: Array, n: Array) -> Array:
@@ -348,46 +382,6 @@ def _inverted(masks: Stacks) -> Stacks:
 
 def _grown(kept: Stacks, grown: Stacks) -> Stacks:
     return [k | g for k, g in zip(kept, grown, strict=True)]
-
-
-def _update_by_shape(
-    update_layers: Callable[[Array, Stacks, Stacks, Stacks], Stacks],
-    key: Array,
-    masks: PyTree,
-    params: PyTree,
-    scores: PyTree,
-) -> PyTree:
-    """Apply ``update_layers`` to stacks of the leaves that share shape and dtypes."""
-    check_masks(masks, params)
-    if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
-        raise ValueError(
-            "scores must have the tree structure of params, got "
-            f"{jax.tree.structure(scores)} against {jax.tree.structure(params)}"
-        )
-    leaves, structure = jax.tree.flatten(masks)
-    layers = list(zip(leaves, jax.tree.leaves(params), jax.tree.leaves(scores), strict=True))
-    groups: dict[Any, list[int]] = {}
-    for index, (mask, weight, score) in enumerate(layers):
-        if jnp.shape(score) != mask.shape:
-            raise ValueError(
-                f"scores leaf {index} has shape {jnp.shape(score)}, its mask {mask.shape}"
-            )
-        groups.setdefault((mask.shape, weight.dtype, score.dtype), []).append(index)
-    if not groups:
-        return masks
-    stacked = [
-        [jnp.stack([layers[index][kind] for index in group]) for group in groups.values()]
-        for kind in range(3)
-    ]
-    updated: list[Any] = [None] * len(layers)
-    for group, new, old, weight, score in zip(
-        groups.values(), update_layers(key, *stacked), *stacked, strict=True
-    ):
-        axes = tuple(range(1, old.ndim))
-        finite = jnp.all(jnp.isfinite(weight) & jnp.isfinite(score), axis=axes, keepdims=True)
-        for position, index in enumerate(group):
-            updated[index] = jnp.where(finite, new, old)[position]
-    return jax.tree.unflatten(structure, updated)
 
 
 def _check_int(name: str, value: Any, at_least: int) -> None:

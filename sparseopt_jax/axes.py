@@ -1,0 +1,141 @@
+"""Which axes of a kernel index its neurons, and which index whole layers.
+
+The conventions are those of ``jax.nn.initializers.variance_scaling``: out axes index neurons
+(output units), batch axes index kernels that are stacked into one array (``nn.scan``, ``nn.vmap``,
+``jax.lax.scan`` over layers), all other axes, a convolution's window among them, are incoming.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+Axes: TypeAlias = int | Sequence[int]
+AxesByPath: TypeAlias = Axes | Mapping[str, Axes]
+
+# More dimensions than any kernel has; bounds the axes that a setting may name.
+_MAX_NDIM = 32
+
+
+class KernelAxes(NamedTuple):
+    """The axes of one kernel, counted from 0; together they are all of its axes.
+
+    Attributes:
+      incoming: axes summed over for the fan-in.
+      out: axes that index neurons.
+      batch: axes that index the layers of a stack.
+    """
+
+    incoming: tuple[int, ...]
+    out: tuple[int, ...]
+    batch: tuple[int, ...]
+
+
+def kernel_axes(
+    path: str, ndim: int, out_axes: AxesByPath = -1, batch_axes: AxesByPath = ()
+) -> KernelAxes:
+    """The axes of the kernel at ``path``.
+
+    Args:
+      path: its path, for settings that go by pattern.
+      ndim: its number of dimensions.
+      out_axes: an axis, several, or a mapping from glob patterns over paths to either; the first
+        pattern that matches counts, and where none does it is the last axis.
+      batch_axes: likewise; none where no pattern matches.
+
+    Raises:
+      ValueError: axes out of range, repeated, in both settings, or no out axis.
+    """
+    out = _positive("out_axes", _at(path, out_axes, -1), path, ndim)
+    batch = _positive("batch_axes", _at(path, batch_axes, ()), path, ndim)
+    if not out:
+        raise ValueError(f"out_axes must name at least one axis, got {out_axes!r}{_of(path)}")
+    both = sorted(set(out) & set(batch))
+    if both:
+        raise ValueError(
+            f"out_axes and batch_axes must name different axes, got {out_axes!r} and "
+            f"{batch_axes!r}, which share axis {both[0]}{_of(path)}"
+        )
+    incoming = tuple(axis for axis in range(ndim) if axis not in out and axis not in batch)
+    return KernelAxes(incoming, out, batch)
+
+
+def check_axes(name: str, axes: AxesByPath) -> None:
+    """Raise unless ``axes`` is an axis, several, or a mapping from patterns to either."""
+    values: Iterable[Any] = [axes]
+    if isinstance(axes, Mapping):
+        for pattern in axes:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name} patterns must be strings, got {pattern!r}")
+        values = axes.values()
+    for value in values:
+        _positive(name, value, "", _MAX_NDIM)
+
+
+def check_patterns(name: str, axes: AxesByPath, paths: Iterable[str]) -> None:
+    """Raise where a pattern of ``axes`` matches none of ``paths``."""
+    if not isinstance(axes, Mapping):
+        return
+    paths = list(paths)
+    for pattern in axes:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(
+                f"{name} pattern {pattern!r} matches none of the leaves: {', '.join(paths)}"
+            )
+
+
+def layers_of(shape: Sequence[int], batch: Sequence[int]) -> int:
+    """How many layers an array of ``shape`` stacks along its ``batch`` axes."""
+    return math.prod(shape[axis] for axis in batch)
+
+
+def layer_shape(shape: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one of them."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in batch)
+
+
+def to_layers(array: Array, batch: Sequence[int]) -> Array:
+    """An array as (layers, *layer_shape); a single layer gets a leading axis of 1."""
+    array = jnp.moveaxis(array, batch, range(len(batch)))
+    return array.reshape(layers_of(array.shape, range(len(batch))), *array.shape[len(batch) :])
+
+
+def from_layers(layers: Array, shape: Sequence[int], batch: Sequence[int]) -> Array:
+    """The inverse of ``to_layers`` for an array of ``shape``."""
+    sizes = [shape[axis] for axis in batch]
+    return jnp.moveaxis(layers.reshape(*sizes, *layers.shape[1:]), range(len(batch)), batch)
+
+
+def _at(path: str, axes: AxesByPath, default: Axes) -> Axes:
+    if not isinstance(axes, Mapping):
+        return axes
+    return next((a for pattern, a in axes.items() if fnmatchcase(path, pattern)), default)
+
+
+def _positive(name: str, axes: Any, path: str, ndim: int) -> tuple[int, ...]:
+    given = axes if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+    for axis in given:
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(
+                f"{name} must be an int, a sequence of ints, or a mapping from path patterns to "
+                f"either, got {axes!r}{_of(path)}"
+            )
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{name} must lie in [-{ndim}, {ndim}) for an array of {ndim} dimensions, "
+                f"got {axes!r}{_of(path)}"
+            )
+    positive = tuple(axis % ndim for axis in given)
+    if len(set(positive)) != len(positive):
+        raise ValueError(f"{name} must name different axes, got {axes!r}{_of(path)}")
+    return positive
+
+
+def _of(path: str) -> str:
+    return f" for {path!r}" if path else ""

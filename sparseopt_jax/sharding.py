@@ -1,0 +1,106 @@
+"""Shardings of an optimizer's state that follow those of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sparseopt_jax.explicit import following
+from sparseopt_jax.masks import is_hidden, named_leaves
+from sparseopt_jax.state import find_state, holds_state, replace_state
+
+PyTree: TypeAlias = Any
+
+
+def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Shardings for ``tx.init(params)``: whatever is kept per weight is sharded as its weight.
+
+    Masks, per-weight optimizer slots and accumulators take their parameter's sharding; fan-in
+    counts and the explored set take it on the axes that they share with it; memories that stack
+    copies of a parameter (L-BFGS) on their last axes. All else is replicated.
+
+    Args:
+      tx: ``sparse_training(...)``, whatever is wrapped around it, or any optax transformation.
+      params: the parameters, or ``jax.ShapeDtypeStruct``s of them, with ``NamedSharding``s of one
+        mesh; leaves without one count as replicated.
+
+    Returns:
+      ``NamedSharding``s in the structure of ``tx.init(params)``, for ``out_shardings`` of
+      ``jax.jit``, ``jax.device_put`` and restoring checkpoints.
+
+    Raises:
+      ValueError: no leaf of ``params`` has a ``NamedSharding``, or they have several meshes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> rows = jax.NamedSharding(mesh, jax.P("data"))
+      >>> params = {"kernel": jax.device_put(jnp.ones((8, 4)), rows)}
+      >>> tx = sx.sparse_training(
+      ...     optax.adam(1e-3), distribution=sx.ERK(0.5), topology=sx.Static())
+      >>> shardings = sx.state_shardings(tx, params)
+      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> sx.get_masks(opt_state)["kernel"].sharding.spec
+      P('data',)
+    """
+    mesh = _mesh_of(params)
+    state = jax.eval_shape(tx.init, params)
+
+    def replicated(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _on(mesh, leaf.ndim, ()), tree)
+
+    def follow(slot: Any, param: Any) -> Any:
+        return slot if is_hidden(slot) else _following(slot.shape, param, mesh)
+
+    weights = params.fast if isinstance(params, optax.LookaheadParams) else params
+    shardings = optax.tree.map_params(
+        tx, follow, state, weights, transform_non_params=replicated, is_leaf=is_hidden
+    )
+    if not holds_state(state):
+        return shardings
+    sparse, own = find_state(state), find_state(shardings)
+
+    def follow_all(tree: PyTree) -> PyTree:
+        return jax.tree.map(follow, tree, weights, is_leaf=is_hidden)
+
+    return replace_state(
+        shardings,
+        own._replace(fan_in=follow_all(sparse.fan_in), explored=follow_all(sparse.explored)),
+    )
+
+
+def _mesh_of(params: PyTree) -> Mesh:
+    meshes: dict[Any, str] = {}
+    for path, leaf in named_leaves(params).items():
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            meshes.setdefault(sharding.mesh, path)
+    if len(meshes) != 1:
+        found = ", ".join(f"{path!r} on {mesh}" for mesh, path in meshes.items()) or "none"
+        raise ValueError(
+            f"params must be arrays with NamedShardings of one mesh, found {found}. Put them on a "
+            "mesh with jax.device_put(params, shardings), or give their jax.ShapeDtypeStructs one"
+        )
+    return next(iter(meshes))
+
+
+def _following(shape: tuple[int, ...], param: Any, mesh: Mesh) -> NamedSharding:
+    """A sharding for a slot of ``shape`` that keeps what it can of its parameter's."""
+    sharding = getattr(param, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return _on(mesh, len(shape), ())
+    return _on(mesh, len(shape), following(shape, param.shape, sharding.spec, mesh))
+
+
+def _on(mesh: Mesh, ndim: int, spec: Iterable[Any]) -> NamedSharding:
+    spec = tuple(spec)
+    if AxisType.Explicit in mesh.axis_types:
+        # A type names every axis. A shorter spec means the same, but a jitted step would be
+        # compiled again for the state that its own first call returned.
+        spec += (None,) * (ndim - len(spec))
+    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
