@@ -1,5 +1,12 @@
 """SparseOpt and dynamic sparse training around any optax optimizer."""
 
+from sparseopt_jax.diagnostics import GradientSkew as GradientSkew
+from sparseopt_jax.diagnostics import MaskChurn as MaskChurn
+from sparseopt_jax.diagnostics import TopEigenvalue as TopEigenvalue
+from sparseopt_jax.diagnostics import gradient_norm as gradient_norm
+from sparseopt_jax.diagnostics import gradient_skew as gradient_skew
+from sparseopt_jax.diagnostics import hessian_top_eigenvalue as hessian_top_eigenvalue
+from sparseopt_jax.diagnostics import mask_churn as mask_churn
 from sparseopt_jax.distributions import ER as ER
 from sparseopt_jax.distributions import ERK as ERK
 from sparseopt_jax.distributions import PerLayer as PerLayer
@@ -31,6 +38,9 @@ from sparseopt_jax.state import get_explored as get_explored
 from sparseopt_jax.state import get_masks as get_masks
 from sparseopt_jax.state import itop_rate as itop_rate
 from sparseopt_jax.state import set_masks as set_masks
+from sparseopt_jax.summary import FanInStatistics as FanInStatistics
+from sparseopt_jax.summary import fan_in_statistics as fan_in_statistics
+from sparseopt_jax.summary import summary as summary
 from sparseopt_jax.topology import SET as SET
 from sparseopt_jax.topology import RigL as RigL
 from sparseopt_jax.topology import Static as Static

@@ -53,7 +53,7 @@ def kernel_axes(
       ValueError: axes out of range, repeated, in both settings, or no out axis.
     """
     out = _positive("out_axes", _at(path, out_axes, -1), path, ndim)
-    batch = _positive("batch_axes", _at(path, batch_axes, ()), path, ndim)
+    batch = axes_of_stack(path, ndim, batch_axes)
     if not out:
         raise ValueError(f"out_axes must name at least one axis, got {out_axes!r}{_of(path)}")
     both = sorted(set(out) & set(batch))
@@ -64,6 +64,11 @@ def kernel_axes(
         )
     incoming = tuple(axis for axis in range(ndim) if axis not in out and axis not in batch)
     return KernelAxes(incoming, out, batch)
+
+
+def axes_of_stack(path: str, ndim: int, batch_axes: AxesByPath) -> tuple[int, ...]:
+    """The batch axes of the leaf at ``path``, which may be no kernel and have no other axes."""
+    return _positive("batch_axes", _at(path, batch_axes, ()), path, ndim) if ndim else ()
 
 
 def check_axes(name: str, axes: AxesByPath) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from sparseopt_jax.axes import AxesByPath, from_layers, kernel_axes, to_layers
+from sparseopt_jax.axes import AxesByPath, axes_of_stack, from_layers, to_layers
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import check_masks, path_str
 from sparseopt_jax.selection import Stacks
@@ -39,8 +39,7 @@ def update_layerwise(
     leaves, structure = jax.tree.flatten(masks)
     paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(masks)]
     batches = [
-        kernel_axes(path, mask.ndim, batch_axes=batch_axes).batch if mask.ndim else ()
-        for path, mask in zip(paths, leaves, strict=True)
+        axes_of_stack(path, mask.ndim, batch_axes) for path, mask in zip(paths, leaves, strict=True)
     ]
     trees = leaves, jax.tree.leaves(params), jax.tree.leaves(scores)
     for path, mask, score in zip(paths, leaves, trees[2], strict=True):

@@ -19,6 +19,7 @@ import optax
 from sparseopt_jax.axes import (
     Axes,
     AxesByPath,
+    axes_of_stack,
     from_layers,
     kernel_axes,
     layer_shape,
@@ -112,7 +113,7 @@ def maskable_layers(
     for path, leaf in leaves.items():
         if not prunable(path, leaf):
             continue
-        batch = kernel_axes(path, leaf.ndim, batch_axes=batch_axes).batch if leaf.ndim else ()
+        batch = axes_of_stack(path, leaf.ndim, batch_axes)
         if batch and leaf.ndim - len(batch) < 2:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -333,8 +334,9 @@ def scale_to_fan_in(
     check_masks(masks, params)
 
     def scale(path: tuple[Any, ...], p: Array, m: Array) -> Array:
-        if p.ndim >= 2:
-            axes = kernel_axes(path_str(path), p.ndim, out_axes, batch_axes).incoming
+        name = path_str(path)
+        if p.ndim - len(axes_of_stack(name, p.ndim, batch_axes)) >= 2:
+            axes = kernel_axes(name, p.ndim, out_axes, batch_axes).incoming
             active = jnp.sum(m, axis=axes, keepdims=True, dtype=jnp.int32)
             dense = np.prod([p.shape[axis] for axis in axes])
             gain = jnp.sqrt(jnp.float32(dense) / jnp.maximum(active, 1).astype(jnp.float32))

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax.axes import AxesByPath, KernelAxes, check_axes, check_patterns, kernel_axes
+from sparseopt_jax.axes import (
+    AxesByPath,
+    KernelAxes,
+    axes_of_stack,
+    check_axes,
+    check_patterns,
+    kernel_axes,
+)
 from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
 
 Array: TypeAlias = jax.Array
@@ -188,15 +195,17 @@ def neuron_fan_in(
         check_patterns("batch_axes", batch_axes, named_leaves(updates))
 
     def count(path: tuple[Any, ...], update: Any, mask: Any, kept: Any) -> Any:
-        if is_hidden(update) or jnp.ndim(update) < 2:
+        if is_hidden(update):
+            return optax.MaskedNode()
+        # What is left of a stacked bias or scale without its batch axes is no kernel.
+        ndim = jnp.ndim(update)
+        if ndim - len(axes_of_stack(path_str(path), ndim, batch_axes)) < 2:
             return optax.MaskedNode()
         if layers is not None and not layers(path_str(path)):
             return optax.MaskedNode()
         if fan_in is not None and is_hidden(kept):
             return optax.MaskedNode()
         axes = kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes)
-        if mask.ndim - len(axes.batch) < 2:
-            return optax.MaskedNode()
         shape = tuple(1 if axis in axes.incoming else size for axis, size in enumerate(mask.shape))
         if fan_in is not None and kept.shape == shape:
             return kept

@@ -187,6 +187,21 @@ def test_a_layer_of_a_stack_that_is_not_finite_keeps_its_mask():
     assert changed == [True, False, True]
 
 
+def test_a_stacked_bias_is_no_kernel_wherever_its_layers_are():
+    """Stacked along the last axis, a bias has its batch axis where a kernel has its neurons."""
+    masks = {"kernel": jnp.asarray(random_mask((6, 3, 4))), "bias": jnp.ones((4, 3), bool)}
+    grads = jax.tree.map(lambda m: jnp.ones(m.shape), masks)
+    tx = sx.scale_by_sparseopt(batch_axes=1)
+    scaled, _ = tx.update(grads, tx.init(grads), masks=masks)
+    np.testing.assert_array_equal(scaled["bias"], 1)
+    gained = sx.scale_to_fan_in(grads, masks, batch_axes=1)
+    np.testing.assert_array_equal(gained["bias"], 1)
+    drawn = sx.init_masks(
+        jax.random.key(0), {"w": grads["kernel"], "b": grads["bias"]}, sx.ERK(0.5), batch_axes=1
+    )
+    assert bool(drawn["b"].all())
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_stack_trains_sparsely_and_its_biases_stay_dense():
     """The stacked biases have two dimensions, but a layer's has one; "b" is Haiku's name for it."""

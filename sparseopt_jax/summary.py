@@ -1,0 +1,176 @@
+"""The sparse layers of a model in numbers: fan-in statistics, and a table to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt_jax.axes import AxesByPath, kernel_axes
+from sparseopt_jax.masks import check_masks, named_leaves
+from sparseopt_jax.preconditioner import neuron_fan_in
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+_HEADER = ("leaf", "shape", "kept", "density", "fan-in ± std", "min..max", "dead")
+
+
+class FanInStatistics(NamedTuple):
+    """Active incoming weights per neuron, over the neurons of a layer.
+
+    Attributes:
+      mean: float32.
+      std: float32, the population's standard deviation (divided by the number of neurons).
+      min: int32.
+      max: int32.
+      dead: int32, number of neurons with no active incoming weight.
+    """
+
+    mean: Array
+    std: Array
+    min: Array
+    max: Array
+    dead: Array
+
+
+def fan_in_statistics(
+    masks: PyTree, out_axes: AxesByPath = -1, batch_axes: AxesByPath = ()
+) -> dict[str, FanInStatistics]:
+    """Mean, spread and extremes of the neurons' active fan-in, and how many neurons are dead.
+
+    The ratio std / mean is what SparseOpt reacts to: where it is 0 the correction does nothing.
+
+    Args:
+      masks: bool arrays.
+      out_axes: see ``scale_by_sparseopt``.
+      batch_axes: see ``scale_by_sparseopt``.
+
+    Returns:
+      By path, for the leaves of two and more dimensions (for a stack: whose layers have as many)
+      that are not empty: scalars, or for a stack arrays of the shape of its batch axes.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> masks = {"kernel": jnp.array([[True, True, False], [True, False, False]])}
+      >>> statistics = sx.fan_in_statistics(masks)["kernel"]
+      >>> float(statistics.mean), int(statistics.max), int(statistics.dead)
+      (1.0, 2, 1)
+    """
+    counts = neuron_fan_in(masks, masks, out_axes, batch_axes)
+    statistics = {}
+    for path, count in named_leaves(counts).items():
+        if not count.size:
+            continue
+        axes = kernel_axes(path, count.ndim, out_axes, batch_axes)
+        over = axes.incoming + axes.out
+        neurons = math.prod(count.shape[axis] for axis in over)
+        total = jnp.sum(count, axis=over, keepdims=True)
+        # Quotient, remainder and differences in integers (the latter at most the leaf's size), so
+        # that equal fan-in has exactly its mean and a spread of 0: a compiled division by a
+        # constant multiplies by its rounded reciprocal.
+        whole, rest = jnp.squeeze(total // neurons, over), jnp.squeeze(total % neurons, over)
+        spread = (count * neurons - total).astype(jnp.float32) / neurons
+        statistics[path] = FanInStatistics(
+            mean=whole.astype(jnp.float32) + rest.astype(jnp.float32) / neurons,
+            std=jnp.sqrt(jnp.mean(jnp.square(spread), axis=over)),
+            min=jnp.min(count, axis=over),
+            max=jnp.max(count, axis=over),
+            dead=jnp.sum(count == 0, axis=over, dtype=jnp.int32),
+        )
+    return statistics
+
+
+def summary(
+    params: PyTree,
+    masks: PyTree,
+    *,
+    out_axes: AxesByPath = -1,
+    batch_axes: AxesByPath = (),
+) -> str:
+    """A table of the sparse layers, for people: print it after ``init``.
+
+    A line for each leaf that has inactive weights: its path and shape, the number and share of the
+    weights it keeps, mean and standard deviation, minimum and maximum of its neurons' active
+    fan-in, and how many of the neurons are dead (have no active incoming weight). The layers of a
+    stack share a line. Then the sparse layers together, and all other leaves in one line.
+
+    Args:
+      params: pytree of arrays or of anything with shapes.
+      masks: bool arrays of the same structure and shapes, not traced.
+      out_axes: see ``scale_by_sparseopt``.
+      batch_axes: see ``scale_by_sparseopt``.
+
+    Returns:
+      The lines, without a newline at the end.
+
+    Raises:
+      TypeError: a mask is not bool, or traced: call it outside of ``jax.jit``.
+      ValueError: structure or shapes differ, or the axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> masks = {"kernel": jnp.eye(4, 3, dtype=bool), "bias": jnp.ones(3, bool)}
+      >>> print(sx.summary(params, masks))
+      leaf    shape  kept  density  fan-in ± std  min..max  dead
+      kernel    4x3     3   0.2500     1.0 ± 0.0      1..1     0
+      1 sparse leaf: 3 of 12 weights active, density 0.2500; 0 dead neurons
+      1 dense leaf: 3 parameters, all active
+    """
+    check_masks(masks, params)
+    leaves = named_leaves(masks)
+    for path, mask in leaves.items():
+        if isinstance(mask, jax.core.Tracer):
+            raise TypeError(
+                f"masks leaf {path!r} is traced: summary reads the masks' values, so call it "
+                "outside of jax.jit and other transformations"
+            )
+    counts = named_leaves(neuron_fan_in(masks, masks, out_axes, batch_axes))
+    rows: list[Sequence[str]] = [_HEADER]
+    kept = size = dead = dense = 0
+    for path, mask in leaves.items():
+        active = int(np.count_nonzero(np.asarray(mask)))
+        if active == mask.size:
+            dense += mask.size
+            continue
+        kept, size = kept + active, size + mask.size
+        cells = [path, "x".join(map(str, mask.shape)), f"{active:,}", f"{active / mask.size:.4f}"]
+        if path in counts:
+            fan_in = np.asarray(counts[path])
+            own_dead = int(np.sum(fan_in == 0))
+            dead += own_dead
+            cells += [
+                f"{fan_in.mean():,.1f} ± {fan_in.std():,.1f}",
+                f"{fan_in.min():,}..{fan_in.max():,}",
+                f"{own_dead:,}",
+            ]
+        rows.append(cells + ["-"] * (len(_HEADER) - len(cells)))
+    lines, sparse = ["no sparse leaves"], len(rows) - 1
+    if sparse:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        lines.append(
+            f"{_leaves(sparse, 'sparse')}: {kept:,} of {size:,} weights active, density "
+            f"{kept / size:.4f}; {dead:,} dead neuron{'s' * (dead != 1)}"
+        )
+    if sparse < len(leaves):
+        lines.append(f"{_leaves(len(leaves) - sparse, 'dense')}: {dense:,} parameters, all active")
+    return "\n".join(lines)
+
+
+def _leaves(number: int, kind: str) -> str:
+    return f"{number:,} {kind} {'leaf' if number == 1 else 'leaves'}"
