@@ -11,6 +11,9 @@ from sparseopt_jax.distributions import ER as ER
 from sparseopt_jax.distributions import ERK as ERK
 from sparseopt_jax.distributions import PerLayer as PerLayer
 from sparseopt_jax.distributions import Uniform as Uniform
+from sparseopt_jax.flops import LayerFLOPs as LayerFLOPs
+from sparseopt_jax.flops import ModelFLOPs as ModelFLOPs
+from sparseopt_jax.flops import flops as flops
 from sparseopt_jax.ham import HamState as HamState
 from sparseopt_jax.ham import ham as ham
 from sparseopt_jax.masks import apply_masks as apply_masks
