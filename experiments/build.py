@@ -92,20 +92,7 @@ def make_optimizer(
     Returns:
       The gradient transformation.
     """
-    rate = learning_rate(config, steps_per_epoch)
-    if config.optimizer == "sparseopt":
-        inner = sx.sparseopt(
-            rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            average_over=None if config.average_over == "none" else config.average_over,
-        )
-    else:
-        inner = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=_is_kernel),
-            optax.sgd(rate, momentum=config.momentum, nesterov=config.nesterov),
-        )
+    inner = _inner_optimizer(config, learning_rate(config, steps_per_epoch))
     if config.topology == "dense":
         return optax.with_extra_args_support(inner)
     return sx.sparse_training(
@@ -114,6 +101,25 @@ def make_optimizer(
         topology=make_topology(config, steps_per_epoch),
         seed=seed,
     )
+
+
+def _inner_optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
+    sparseopt = {"weight_decay": config.weight_decay, "average_over": average_over(config)} | sgd
+    ham: dict[str, Any] = {"alpha": config.ham_alpha, "beta": config.ham_beta}
+    if config.optimizer == "sparseopt":
+        return sx.sparseopt(rate, **sparseopt)
+    if config.optimizer == "sparseopt_ham":
+        return sx.sparseopt_ham(rate, **sparseopt, **ham)
+    baseline = optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), optax.sgd(rate, **sgd)
+    )
+    return sx.ham(baseline, rate, **ham) if config.optimizer == "ham" else baseline
+
+
+def average_over(config: Config) -> str | None:
+    """What SparseOpt averages over, as the library names it."""
+    return None if config.average_over == "none" else config.average_over
 
 
 def _is_kernel(params: optax.Params) -> Any:

@@ -12,7 +12,8 @@ import types
 import typing
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-MethodName = Literal["dense", "sgd", "sparseopt"]
+OptimizerName = Literal["sgd", "sparseopt", "ham", "sparseopt_ham"]
+MethodName = Literal["dense", "sgd", "sparseopt", "ham", "sparseopt_ham"]
 
 
 class ConfigError(ValueError):
@@ -98,10 +99,12 @@ class Config:
     ] = "gradient"
 
     # Optimizer.
-    optimizer: Annotated[Literal["sgd", "sparseopt"], "optimizer of a single method"] = "sparseopt"
+    optimizer: Annotated[OptimizerName, "optimizer of a single method"] = "sparseopt"
     average_over: Annotated[
         Literal["layer", "network", "none"], "what SparseOpt's average sparsity is taken over"
     ] = "layer"
+    ham_alpha: Annotated[float, "strength of HAM's multiplicative step", _NON_NEGATIVE] = 200.0
+    ham_beta: Annotated[float, "decay rate of HAM's multiplicative step", _NON_NEGATIVE] = 1e-3
     learning_rate: Annotated[float, "peak learning rate", Range(0, open_low=True)] = 0.1
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], "decay of the learning rate, to 0 at the end"
@@ -130,6 +133,14 @@ class Config:
     ] = ()
     eval_every: Annotated[int, "epochs between evaluations", _POSITIVE] = 1
     log_every: Annotated[int, "steps between lines in metrics.jsonl", _POSITIVE] = 10
+    diagnostics_every: Annotated[
+        int,
+        "epochs between measurements of fan-in and gradient skew; 0: never",
+        Range(0),
+    ] = 1
+    hessian_every: Annotated[
+        int, "epochs between measurements of the Hessian's top eigenvalue; 0: never", Range(0)
+    ] = 0
 
     def __post_init__(self) -> None:
         """Checks every field, then what the fields mean together."""
@@ -148,8 +159,8 @@ class Config:
                 )
             if not self.compare and self.optimizer != "sgd":
                 raise ConfigError(
-                    f"topology='dense' has no masks and optimizer={self.optimizer!r} needs them;"
-                    " set optimizer=sgd (without masks the two are the same)"
+                    f"topology='dense' trains with SGD, not with optimizer={self.optimizer!r};"
+                    " set optimizer=sgd (without masks sparseopt is the same)"
                 )
 
     def methods(self) -> tuple[str, ...]:
@@ -162,7 +173,7 @@ class Config:
         """The config of one method alone, e.g. `config.for_method("dense")`."""
         if method == "dense":
             return dataclasses.replace(self, compare=(), topology="dense", optimizer="sgd")
-        optimizer = typing.cast(Literal["sgd", "sparseopt"], method)
+        optimizer = typing.cast(OptimizerName, method)
         return dataclasses.replace(self, compare=(), optimizer=optimizer)
 
 

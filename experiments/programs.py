@@ -54,8 +54,12 @@ class MethodPrograms:
     Attributes:
       start: (params, batch_stats, seed) -> State, with masks and masked weights where sparse.
       step: (State, images, labels) -> State, metrics; the given state's memory is used again.
-      measure: (masks, earlier masks) -> active weights, how many of them were not active earlier,
-        and a copy of the masks that outlives the next step; only for sparse methods.
+      measure: (optimizer state, earlier masks) -> active weights, mask churn, ITOP rate, and a copy
+        of the masks that outlives the next step; only for sparse methods.
+      diagnose: (State, images, labels) -> gradient norm and, for sparse methods, per layer the
+        gradient's skew and the fan-in; compiled on the first call.
+      sharpness: (State, images, labels) -> the Hessian's top eigenvalue on these images and how far
+        it may be off; compiled on the first call.
       learning_rate: the schedule, step -> rate.
       seconds: how long the compilation took.
     """
@@ -63,6 +67,8 @@ class MethodPrograms:
     start: Callable[..., Any]
     step: Callable[..., Any]
     measure: Callable[..., Any]
+    diagnose: Callable[..., Any]
+    sharpness: Callable[..., Any]
     learning_rate: optax.Schedule
     seconds: float
 
@@ -164,15 +170,45 @@ def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) 
         measured = {
             "loss": loss,
             "train_accuracy": (logits.argmax(-1) == labels).mean(dtype=jnp.float32),
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": sx.gradient_norm(gradient),
         }
         return State(optax.apply_updates(params, updates), batch_stats, new_opt_state), measured
 
-    def measure(masks: Any, earlier: Any) -> tuple[jax.Array, jax.Array, Any]:
-        now, then = metrics.path_leaves(masks), metrics.path_leaves(earlier)
+    def measure(opt_state: Any, earlier: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        masks = sx.get_masks(opt_state)
+        now = metrics.path_leaves(masks)
         active = sum(now[path].sum() for path in model.layers)
-        moved = sum((now[path] & ~then[path]).sum() for path in model.layers)
-        return jnp.asarray(active), jnp.asarray(moved), jax.tree.map(jnp.copy, masks)
+        churn = sx.mask_churn(masks, earlier).total
+        copy = jax.tree.map(jnp.copy, masks)
+        return jnp.asarray(active), churn, sx.itop_rate(opt_state), copy
+
+    def diagnose(state: State, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
+        gradient = jax.grad(loss_and_logits, has_aux=True)(
+            state.params, state.batch_stats, images, labels
+        )[0]
+        if not sparse:
+            return {"gradient_norm": sx.gradient_norm(gradient)}
+        masks = sx.get_masks(state.opt_state)
+        skew = sx.gradient_skew(gradient, masks, average_over=build.average_over(config))
+        return {
+            "gradient_norm": sx.gradient_norm(gradient, masks),
+            "itop_rate": sx.itop_rate(state.opt_state),
+            "gradient_skew": {path: skew[path]._asdict() for path in model.layers},
+            "fan_in": {
+                path: statistics._asdict()
+                for path, statistics in sx.fan_in_statistics(masks).items()
+                if path in model.layers
+            },
+        }
+
+    def sharpness(state: State, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        def loss(params: Any) -> jax.Array:
+            return loss_and_logits(params, state.batch_stats, images, labels)[0]
+
+        masks = sx.get_masks(state.opt_state) if sparse else None
+        # The first vector is the same on every call, so that differences are the loss's own.
+        top = sx.hessian_top_eigenvalue(loss, state.params, jax.random.key(0), masks=masks)
+        return {"hessian_top_eigenvalue": top.eigenvalue, "hessian_residual": top.residual}
 
     seed = jnp.int32(0)
     params, batch_stats = model.init(seed)
@@ -182,7 +218,9 @@ def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) 
     return MethodPrograms(
         start=_compile_fast(start, params, batch_stats, seed),
         step=jax.jit(step, donate_argnums=0).lower(state, images, labels).compile(),
-        measure=_compile_fast(measure, masks, masks) if sparse else measure,
+        measure=_compile_fast(measure, state.opt_state, masks) if sparse else measure,
+        diagnose=_on_first_call(diagnose),
+        sharpness=jax.jit(sharpness),
         learning_rate=build.learning_rate(config, steps_per_epoch),
         seconds=time.monotonic() - begin,
     )
@@ -193,6 +231,18 @@ def _compile_fast(function: Callable[..., Any], *arguments: Any) -> Callable[...
     cpu = jax.default_backend() == "cpu"
     options: dict[str, str | bool] | None = {"xla_backend_optimization_level": "0"} if cpu else None
     return jax.jit(function).lower(*arguments).compile(compiler_options=options)
+
+
+def _on_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `_compile_fast`, but only once it is called."""
+    compiled: list[Callable[..., Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        if not compiled:
+            compiled.append(_compile_fast(function, *arguments))
+        return compiled[0](*arguments)
+
+    return call
 
 
 def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -66,12 +66,12 @@ def train_run(
 
     state = programs.start(*model.init(jnp.int32(seed)), jnp.int32(seed))
     maskable = active = sum(model.layers.values())
-    masks = None
+    masks = itop_rate = churn = None
     if sparse:
         first_masks = sx.get_masks(state.opt_state)
         fan_ins = _fan_ins(first_masks, model.layers, "before")
-        active, _, masks = programs.measure(first_masks, first_masks)
-    step, moved = 0, None
+        active, _, itop_rate, masks = programs.measure(state.opt_state, first_masks)
+    step = 0
     test: dict[str, float] = {}
     shown: dict[str, float] = {}
     line: dict[str, Any] = {}
@@ -87,15 +87,14 @@ def train_run(
                 if step % config.log_every == 0 or step == last_step:
                     values = _mean_of_finite(pending, step, f"{method} seed {seed}", config)
                     if sparse:
-                        now = sx.get_masks(state.opt_state)
-                        active, moved, masks = programs.measure(now, masks)
+                        active, churn, itop_rate, masks = programs.measure(state.opt_state, masks)
                     elapsed = time.monotonic() - since
                     line = {
                         "kind": "train", "method": method, "seed": seed,
                         "step": step, "epoch": step / per_epoch, **values,
                         "learning_rate": float(programs.learning_rate(step - 1)),
                         "density": int(active) / maskable,
-                        "mask_churn": None if moved is None else int(moved) / int(active),
+                        "mask_churn": churn, "itop_rate": itop_rate,
                         "examples_per_second": len(pending) * config.batch_size / elapsed,
                     }  # fmt: skip
                     lines.write(line)
@@ -105,17 +104,20 @@ def train_run(
                     pending, since = [], time.monotonic()
                 if step == last_step:
                     break
+            jax.block_until_ready(state)  # type: ignore[no-untyped-call]
+            paused = time.monotonic()
+            where = {"method": method, "seed": seed, "step": step, "epoch": step / per_epoch}
             if epoch % config.eval_every == 0 or step == last_step:
-                jax.block_until_ready(state)  # type: ignore[no-untyped-call]
-                paused = time.monotonic()
                 test = _test(model, state, tests, len(dataset.test_labels))
-                lines.write(
-                    {"kind": "eval", "method": method, "seed": seed, "step": step}
-                    | {"epoch": step / per_epoch, **test}
-                )
+                lines.write({"kind": "eval"} | where | test)
                 shown |= test
                 progress.update(step, epoch, shown)
-                since += time.monotonic() - paused  # evaluation is not training time
+            found = _diagnostics(
+                config, programs, state, (images, labels), epoch, step == last_step
+            )
+            if found:
+                lines.write({"kind": "diagnostics"} | where | found)
+            since += time.monotonic() - paused  # neither is training time
             if step == last_step:
                 break
 
@@ -131,7 +133,7 @@ def train_run(
         {
             "method": method, "seed": seed, "steps": step, "epochs": step / per_epoch, **test,
             "train_loss": line["loss"], "train_accuracy": line["train_accuracy"],
-            "density": int(active) / maskable,
+            "density": int(active) / maskable, "itop_rate": itop_rate,
             "active_weights": int(active), "maskable_weights": maskable,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "state_sha256": metrics.state_sha256(state.params, masks if sparse else None),
@@ -175,6 +177,27 @@ def _test(
         "test_accuracy": sum(map(int, correct)) / examples,
         "test_loss": sum(map(float, losses)) / examples,
     }
+
+
+def _diagnostics(
+    config: Config,
+    programs: MethodPrograms,
+    state: State,
+    batch: tuple[jax.Array, jax.Array],
+    epoch: int,
+    last: bool,
+) -> dict[str, Any]:
+    """What is due at the end of this epoch, measured on the last batch; empty if nothing is."""
+
+    def due(every: int) -> bool:
+        return every > 0 and (epoch % every == 0 or last)
+
+    found: dict[str, Any] = {}
+    if due(config.diagnostics_every):
+        found |= programs.diagnose(state, *batch)
+    if due(config.hessian_every):
+        found |= programs.sharpness(state, *batch)
+    return jax.device_get(found)
 
 
 def _fan_ins(masks: Any, layers: Mapping[str, int], when: str) -> dict[str, np.ndarray]:

@@ -35,6 +35,13 @@ class GradientSkew(NamedTuple):
     Attributes:
       angle: float32, in radians, between the raw and the corrected gradient.
       norm_ratio: float32, the raw gradient's norm over the corrected one's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> skew = sx.gradient_skew({"w": jnp.ones((4, 2))}, {"w": jnp.ones((4, 2), bool)})["w"]
+      >>> float(skew.angle), float(skew.norm_ratio)
+      (0.0, 1.0)
     """
 
     angle: Array
@@ -47,6 +54,14 @@ class MaskChurn(NamedTuple):
     Attributes:
       total: float32 scalar, over all layers together.
       layers: float32 scalar of each layer, by path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> masks = {"w": jnp.eye(4, dtype=bool)}
+      >>> churn = sx.mask_churn(masks, {"w": ~masks["w"]})
+      >>> float(churn.layers["w"])
+      1.0
     """
 
     total: Array
@@ -61,6 +76,13 @@ class TopEigenvalue(NamedTuple):
       residual: scalar, the norm of H v - eigenvalue * v: some eigenvalue of H lies within this
         distance, up to rounding. Where it is not small, more iterations are needed.
       eigenvector: v, of norm 1, in the structure and shapes of the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> top = sx.hessian_top_eigenvalue(lambda w: jnp.sum(w**2), jnp.ones(2), jax.random.key(0))
+      >>> bool(top.residual < 1e-5)
+      True
     """
 
     eigenvalue: Array

@@ -30,6 +30,13 @@ class HamState(NamedTuple):
     Attributes:
       step: int32 scalar, the number of updates so far, at which a schedule is read.
       inner_state: state of the inner optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> state = sx.ham(optax.sgd(0.1), 0.1).init({"kernel": jnp.ones((4, 2))})
+      >>> int(state.step)
+      0
     """
 
     step: Array

@@ -285,6 +285,9 @@ def density(masks: PyTree) -> PyTree:
     Returns:
       float32 scalars in the structure of ``masks``; 1 for an empty leaf.
 
+    Raises:
+      TypeError: a leaf of ``masks`` is not a bool array.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import sparseopt_jax as sx

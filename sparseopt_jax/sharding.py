@@ -10,8 +10,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparseopt_jax.explicit import following
-from sparseopt_jax.masks import is_hidden, named_leaves
-from sparseopt_jax.state import find_state, holds_state, replace_state
+from sparseopt_jax.masks import named_leaves
+from sparseopt_jax.slots import owners
 
 PyTree: TypeAlias = Any
 
@@ -51,27 +51,16 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     mesh = _mesh_of(params)
     state = jax.eval_shape(tx.init, params)
 
-    def replicated(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: _on(mesh, leaf.ndim, ()), tree)
+    weight_at = owners(params.fast if isinstance(params, optax.LookaheadParams) else params)
 
-    def follow(slot: Any, param: Any) -> Any:
-        return slot if is_hidden(slot) else _following(slot.shape, param, mesh)
+    def sharding(path: tuple[Any, ...], slot: Any) -> NamedSharding:
+        weight = weight_at(path)
+        given = getattr(weight, "sharding", None)
+        if not isinstance(given, NamedSharding):
+            return _on(mesh, slot.ndim, ())
+        return _on(mesh, slot.ndim, following(slot.shape, weight.shape, given.spec, mesh))
 
-    weights = params.fast if isinstance(params, optax.LookaheadParams) else params
-    shardings = optax.tree.map_params(
-        tx, follow, state, weights, transform_non_params=replicated, is_leaf=is_hidden
-    )
-    if not holds_state(state):
-        return shardings
-    sparse, own = find_state(state), find_state(shardings)
-
-    def follow_all(tree: PyTree) -> PyTree:
-        return jax.tree.map(follow, tree, weights, is_leaf=is_hidden)
-
-    return replace_state(
-        shardings,
-        own._replace(fan_in=follow_all(sparse.fan_in), explored=follow_all(sparse.explored)),
-    )
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def _mesh_of(params: PyTree) -> Mesh:
@@ -87,14 +76,6 @@ def _mesh_of(params: PyTree) -> Mesh:
             "mesh with jax.device_put(params, shardings), or give their jax.ShapeDtypeStructs one"
         )
     return next(iter(meshes))
-
-
-def _following(shape: tuple[int, ...], param: Any, mesh: Mesh) -> NamedSharding:
-    """A sharding for a slot of ``shape`` that keeps what it can of its parameter's."""
-    sharding = getattr(param, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return _on(mesh, len(shape), ())
-    return _on(mesh, len(shape), following(shape, param.shape, sharding.spec, mesh))
 
 
 def _on(mesh: Mesh, ndim: int, spec: Iterable[Any]) -> NamedSharding:

@@ -14,15 +14,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sparseopt_jax.masks import is_hidden
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
-
-# Stands in a state for a slot that is not kept per weight.
-_SHARED = object()
 
 
 def owners(tree: PyTree) -> Callable[[tuple[Any, ...]], Any]:
@@ -37,37 +33,41 @@ def owners(tree: PyTree) -> Callable[[tuple[Any, ...]], Any]:
     return owner
 
 
-def _slot_masks(state: PyTree, masks: PyTree) -> PyTree:
-    """The inner state with each per-weight slot replaced by its mask, all others by ``_SHARED``."""
+def _slot_masks(masks: PyTree) -> Callable[[tuple[Any, ...], Any], Any]:
+    """A function of path and slot: the slot's mask, or None where it is not kept per weight."""
     mask_at = owners(masks)
 
     def slot_mask(path: tuple[Any, ...], slot: Any) -> Any:
         mask = mask_at(path)
         per_weight = mask is not None and not is_hidden(mask) and jnp.shape(slot) == mask.shape
-        return mask if per_weight else _SHARED
+        return mask if per_weight else None
 
-    return jax.tree_util.tree_map_with_path(slot_mask, state)
-
-
-def reset_inactive(
-    init: optax.TransformInitFn, state: PyTree, initial: PyTree, masks: PyTree
-) -> PyTree:
-    """Put per-weight slots of inactive weights back to the value that ``init`` gives."""
-    return jax.tree.map(
-        lambda slot, start, m: slot if m is _SHARED else jnp.where(m, slot, start),
-        state,
-        initial,
-        _slot_masks(state, masks),
-    )
+    return slot_mask
 
 
-def keep_per_weight(
-    init: optax.TransformInitFn, keep: Array, old: PyTree, new: PyTree, masks: PyTree
-) -> PyTree:
+def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
+    """Put per-weight slots of inactive weights back to their value in ``initial``.
+
+    What is not in it stays: ``optax.monitor`` adds its measurements on the first step.
+    """
+    slot_mask, start_at = _slot_masks(masks), dict(jax.tree_util.tree_leaves_with_path(initial))
+
+    def reset(path: tuple[Any, ...], slot: Any) -> Any:
+        mask = slot_mask(path, slot)
+        if mask is None or path not in start_at:
+            return slot
+        return jnp.where(mask, slot, start_at[path])
+
+    return jax.tree_util.tree_map_with_path(reset, state)
+
+
+def keep_per_weight(keep: Array, old: PyTree, new: PyTree, masks: PyTree) -> PyTree:
     """Per-weight slots of ``old`` where ``keep``; schedules and counters of ``new`` always."""
-    return jax.tree.map(
-        lambda before, after, m: after if m is _SHARED else jnp.where(keep, before, after),
-        old,
-        new,
-        _slot_masks(new, masks),
-    )
+    slot_mask, before = _slot_masks(masks), dict(jax.tree_util.tree_leaves_with_path(old))
+
+    def pick(path: tuple[Any, ...], after: Any) -> Any:
+        if slot_mask(path, after) is None or path not in before:
+            return after
+        return jnp.where(keep, before[path], after)
+
+    return jax.tree_util.tree_map_with_path(pick, new)

@@ -61,6 +61,16 @@ class SparseTraining(optax.GradientTransformationExtraArgs):
 
     Attributes:
       update_topology: ``(state, params, grads) -> state``, one topology update at ``state.step``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> tx = sx.sparse_training(
+      ...     optax.sgd(0.1), distribution=sx.ERK(0.5), topology=sx.SET(10, 0.5, 100))
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> state = tx.update_topology(tx.init(params), params, params)
+      >>> int(sx.get_masks(state)["kernel"].sum())
+      4
     """
 
     update_topology: Callable[[SparseTrainingState, PyTree, PyTree], SparseTrainingState]
@@ -273,7 +283,6 @@ def sparse_training(
 
         grads, weights = where_active(grads), _each_copy(where_active, params)
         inner_state = reset_inactive(
-            _init_one_copy(inner, params),
             state.inner_state,
             inner.init(weights),
             maskable(fan_in, masks),
@@ -285,9 +294,7 @@ def sparse_training(
         steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
         if topology.skip_step and is_update is not False:
             steps = jax.tree.map(lambda u: jnp.where(is_update, jnp.zeros_like(u), u), steps)
-            new_inner_state = keep_per_weight(
-                _init_one_copy(inner, params), is_update, inner_state, new_inner_state, masks
-            )
+            new_inner_state = keep_per_weight(is_update, inner_state, new_inner_state, masks)
 
         def leave(steps: PyTree, weights: PyTree) -> PyTree:
             return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
@@ -360,13 +367,6 @@ def _each_copy(function: Callable[..., PyTree], *params: PyTree) -> PyTree:
     if isinstance(params[0], optax.LookaheadParams):
         return optax.LookaheadParams(*map(function, *params))
     return function(*params)
-
-
-def _init_one_copy(inner: optax.GradientTransformation, params: PyTree) -> optax.TransformInitFn:
-    """``inner.init`` as a function of one copy of the weights, which slots stand for."""
-    if isinstance(params, optax.LookaheadParams):
-        return lambda copy: inner.init(optax.LookaheadParams(copy, copy))
-    return inner.init
 
 
 def _is_placeholder(params: PyTree) -> bool:

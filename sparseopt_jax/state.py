@@ -31,6 +31,15 @@ class SparseTrainingState(NamedTuple):
         bit a weight; ``optax.MaskedNode`` for all other leaves. See ``get_explored``.
       accumulator: float32 sums of gradients where the topology accumulates, else an empty tuple.
       inner_state: the wrapped optimizer's state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> tx = sx.sparse_training(
+      ...     optax.sgd(0.1), distribution=sx.ERK(0.5), topology=sx.Static())
+      >>> state = tx.init({"kernel": jnp.ones((16, 2)), "bias": jnp.zeros(2)})
+      >>> int(state.step), state.fan_in["kernel"].shape, state.explored["kernel"].shape
+      (0, (1, 2), (2, 2))
     """
 
     step: Array
@@ -186,10 +195,6 @@ def check_dense(masks: PyTree, never_sparse: Callable[[str], bool]) -> None:
                 f"masks leaf {path!r} must be True everywhere, got {int((~mask).sum())} "
                 "inactive weights: prunable left this leaf out of the sparse ones"
             )
-
-
-def holds_state(opt_state: optax.OptState) -> bool:
-    return any(map(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state)))
 
 
 def find_state(opt_state: optax.OptState) -> SparseTrainingState:

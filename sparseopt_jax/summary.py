@@ -29,6 +29,13 @@ class FanInStatistics(NamedTuple):
       min: int32.
       max: int32.
       dead: int32, number of neurons with no active incoming weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> found = sx.fan_in_statistics({"w": jnp.array([[True, False], [True, False]])})["w"]
+      >>> float(found.mean), int(found.max), int(found.dead)
+      (1.0, 2, 1)
     """
 
     mean: Array

@@ -158,14 +158,37 @@ def test_metrics_have_a_line_per_log_and_evaluation(finished):
         for seed in range(SEEDS):
             mine = [line for line in lines if (line["method"], line["seed"]) == (method, seed)]
             steps = {kind: [x["step"] for x in mine if x["kind"] == kind] for kind in
-                     ("train", "eval")}  # fmt: skip
-            assert steps == {"train": [10, 20, 25], "eval": [11, 22, 25]}
+                     ("train", "eval", "diagnostics")}  # fmt: skip
+            epochs = [11, 22, 25]
+            assert steps == {"train": [10, 20, 25], "eval": epochs, "diagnostics": epochs}
             rates = [line["learning_rate"] for line in mine if line["kind"] == "train"]
             expected = [0.05 * (1 + np.cos(np.pi * step / 33)) for step in (9, 19, 24)]
             np.testing.assert_allclose(rates, expected, rtol=1e-5)
-    assert len(lines) == len(METHODS) * SEEDS * 6
+    assert len(lines) == len(METHODS) * SEEDS * 9
     names = {"loss", "train_accuracy", "gradient_norm", "density", "examples_per_second", "epoch"}
     assert names <= set(lines[0])
+
+
+def test_diagnostics_lines_agree_with_what_the_run_left(finished):
+    for one in report.load_runs(finished):
+        found = [line for line in one.metrics if line["kind"] == "diagnostics"]
+        assert all(line["gradient_norm"] > 0 for line in found)
+        if one.result["method"] == "dense":
+            assert not {"fan_in", "gradient_skew", "itop_rate"} & set(found[-1])
+            assert one.result["itop_rate"] is None
+            continue
+        last = found[-1]
+        assert last["step"] == STEPS
+        for path, statistics in last["fan_in"].items():
+            fan_in = one.fan_in[f"after/{path}"]
+            np.testing.assert_allclose(statistics["mean"], fan_in.mean(), rtol=1e-6)
+            np.testing.assert_allclose(statistics["std"], fan_in.std(), rtol=1e-5)
+            assert (statistics["min"], statistics["max"]) == (fan_in.min(), fan_in.max())
+            assert statistics["dead"] == (fan_in == 0).sum()
+            assert 0 < last["gradient_skew"][path]["angle"] < np.pi / 2
+        rates = [line["itop_rate"] for line in found]
+        assert one.result["density"] < rates[0] < rates[1] < 1
+        assert rates[-1] == one.result["itop_rate"]
 
 
 def test_the_same_seed_twice_is_the_same_bit_for_bit(finished, tmp_path):
@@ -195,7 +218,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(finished, tmp_path, monkeypatc
     assert "interrupted; to continue: python -m experiments.train --config=" in said
     assert f"--workdir={folder}" in said
     assert not (folder / "result.json").exists()
-    assert len(read_lines(folder / "metrics.jsonl")) == 3 * 6  # finished runs only
+    assert len(read_lines(folder / "metrics.jsonl")) == 3 * 9  # finished runs only
     assert len(read_lines(folder / "runs/sgd-seed1/metrics.jsonl")) > 0
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
     assert len(before) == 3
@@ -313,3 +336,20 @@ def test_other_settings_run(tmp_path):
     assert line["mask_churn"] > 0
     # Uniform leaves the first layer, 64x8, dense.
     assert one.fan_in["after/dense0/kernel"].tolist() == [64] * 8
+
+
+@pytest.mark.parametrize("optimizer", ["ham", "sparseopt_ham"])
+def test_ham_and_the_hessian(optimizer, tmp_path):
+    config = Config(
+        model="mlp", hidden=8, sparsity=0.8, optimizer=optimizer, ham_alpha=10.0, topology="static",
+        epochs=2, steps=22, log_every=11, diagnostics_every=0, hessian_every=2,
+    )  # fmt: skip
+    assert run(tmp_path / "run", config) == 0
+    (one,) = report.load_runs(tmp_path / "run")
+    assert one.result["method"] == optimizer
+    (line,) = [line for line in one.metrics if line["kind"] == "diagnostics"]
+    assert line["step"] == 22
+    assert line["hessian_top_eigenvalue"] > 0
+    assert line["hessian_residual"] < 0.01 * line["hessian_top_eigenvalue"]
+    first, last = (line["loss"] for line in one.metrics if line["kind"] == "train")
+    assert last < first

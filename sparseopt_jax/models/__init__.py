@@ -1,5 +1,15 @@
 """Flax Linen models: residual networks and a multilayer perceptron. Needs ``flax``."""
 
+import importlib.util
+
+# Ahead of the imports below, whose own error would name flax and not the way to get it.
+if importlib.util.find_spec("flax") is None:
+    raise ModuleNotFoundError(
+        "sparseopt_jax.models needs flax, which is not installed;"
+        " pip install 'sparseopt-jax[models]' brings it",
+        name="flax",
+    )
+
 from sparseopt_jax.models.layers import he_normal as he_normal
 from sparseopt_jax.models.mlp import MLP as MLP
 from sparseopt_jax.models.resnet import ResNet as ResNet
