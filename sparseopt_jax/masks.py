@@ -103,7 +103,8 @@ def maskable_layers(
     A leaf whose layers have fewer than two dimensions stacks biases or scales, no kernels.
 
     Raises:
-      TypeError: ``prunable`` is not callable, or chooses a leaf that is not floating.
+      TypeError: ``prunable`` is not callable, or chooses a leaf that is not floating; or a leaf is
+        neither an array nor a number.
       ValueError: it chooses none, or a leaf too large to count in int32.
     """
     if not callable(prunable):
@@ -111,6 +112,13 @@ def maskable_layers(
     leaves = named_leaves(params)
     layers = {}
     for path, leaf in leaves.items():
+        if isinstance(leaf, bool | int | float | complex):
+            continue
+        if not hasattr(leaf, "ndim"):
+            raise TypeError(
+                f"params leaf {path!r} is a {type(leaf).__name__}, not an array. Leave such leaves "
+                "out of params, in Equinox by eqx.filter(model, eqx.is_inexact_array)"
+            )
         if not prunable(path, leaf):
             continue
         batch = axes_of_stack(path, leaf.ndim, batch_axes)
@@ -129,7 +137,7 @@ def maskable_layers(
         raise ValueError(
             "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
             "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
-            f"params has {_listed(f'{path} {leaf.shape}' for path, leaf in leaves.items())}"
+            f"params has {_listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
         )
     return layers
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparseopt_jax.masks import is_hidden
 
@@ -33,24 +34,52 @@ def owners(tree: PyTree) -> Callable[[tuple[Any, ...]], Any]:
     return owner
 
 
-def _slot_masks(masks: PyTree) -> Callable[[tuple[Any, ...], Any], Any]:
+def shared_slots(init: Callable[[PyTree], PyTree], params: PyTree) -> frozenset[Any]:
+    """Paths of slots that have their parameter's shape by chance, and are not kept per weight.
+
+    GaLore's projector is (rows, rank) with a rank of at most the columns, so that of a small matrix
+    has the matrix's shape. Of a matrix of another shape it has not, which ``init`` is asked for.
+    """
+
+    def altered(param: Any) -> Any:
+        shape = jnp.shape(param)
+        if len(shape) == 2 and shape[0] > 1:
+            shape = shape[::-1] if shape[0] != shape[1] else (shape[0] - 1, shape[1])
+        return jax.ShapeDtypeStruct(shape, param.dtype)  # type: ignore[no-untyped-call]
+
+    others = jax.tree.map(altered, params)
+    try:
+        state = jax.eval_shape(init, others)
+    except (TypeError, ValueError):  # It takes parameters of the given shapes only.
+        return frozenset()
+    owner = owners(others.fast if isinstance(others, optax.LookaheadParams) else others)
+    return frozenset(
+        path
+        for path, slot in jax.tree_util.tree_leaves_with_path(state)
+        if owner(path) is not None and slot.shape != owner(path).shape
+    )
+
+
+def _slot_masks(masks: PyTree, shared: frozenset[Any]) -> Callable[[tuple[Any, ...], Any], Any]:
     """A function of path and slot: the slot's mask, or None where it is not kept per weight."""
     mask_at = owners(masks)
 
     def slot_mask(path: tuple[Any, ...], slot: Any) -> Any:
         mask = mask_at(path)
-        per_weight = mask is not None and not is_hidden(mask) and jnp.shape(slot) == mask.shape
-        return mask if per_weight else None
+        if mask is None or is_hidden(mask) or path in shared or jnp.shape(slot) != mask.shape:
+            return None
+        return mask
 
     return slot_mask
 
 
-def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
+def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree, shared: frozenset[Any]) -> PyTree:
     """Put per-weight slots of inactive weights back to their value in ``initial``.
 
     What is not in it stays: ``optax.monitor`` adds its measurements on the first step.
     """
-    slot_mask, start_at = _slot_masks(masks), dict(jax.tree_util.tree_leaves_with_path(initial))
+    slot_mask = _slot_masks(masks, shared)
+    start_at = dict(jax.tree_util.tree_leaves_with_path(initial))
 
     def reset(path: tuple[Any, ...], slot: Any) -> Any:
         mask = slot_mask(path, slot)
@@ -61,9 +90,12 @@ def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(reset, state)
 
 
-def keep_per_weight(keep: Array, old: PyTree, new: PyTree, masks: PyTree) -> PyTree:
+def keep_per_weight(
+    keep: Array, old: PyTree, new: PyTree, masks: PyTree, shared: frozenset[Any]
+) -> PyTree:
     """Per-weight slots of ``old`` where ``keep``; schedules and counters of ``new`` always."""
-    slot_mask, before = _slot_masks(masks), dict(jax.tree_util.tree_leaves_with_path(old))
+    slot_mask = _slot_masks(masks, shared)
+    before = dict(jax.tree_util.tree_leaves_with_path(old))
 
     def pick(path: tuple[Any, ...], after: Any) -> Any:
         if slot_mask(path, after) is None or path not in before:

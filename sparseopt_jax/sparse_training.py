@@ -6,7 +6,8 @@ that JAX returns is already the dense gradient by which RigL grows. Within one `
 1. The topology comes first. A ``lax.cond`` takes and returns masks and fan-in counts only; it ranks
    the weights and gradients as they came in.
 2. Gradients and weights of inactive positions are zeroed, and the inner optimizer's state for them
-   is put back to its initial value. All of it is elementwise and fuses with the inner update.
+   is put back to its initial value, before and after its step. All of it is elementwise and fuses
+   with the inner update.
 3. The inner optimizer steps, so schedules follow the training step.
 4. Each inactive weight gets the update ``-w``, which ``w + (-w)`` turns into exactly 0. A forgotten
    ``apply_masks``, or a dense tree restored by mistake, heals on the first step.
@@ -39,7 +40,7 @@ from sparseopt_jax.masks import (
     path_str,
 )
 from sparseopt_jax.preconditioner import MissingMasksError, scale_by_fan_in
-from sparseopt_jax.slots import keep_per_weight, reset_inactive
+from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     SparseTrainingState,
     add_explored,
@@ -150,6 +151,7 @@ def sparse_training(
     inner = optax.with_extra_args_support(inner)
     accumulates = automatic and topology.accumulate_steps > 1
     reads_masks: list[bool] = []
+    found_shared: dict[Any, frozenset[Any]] = {}
     initial_masks = masks
 
     def init_fn(params: PyTree) -> SparseTrainingState:
@@ -205,6 +207,14 @@ def sparse_training(
             accumulator=placeholder if accumulates else (),
             inner_state=inner.init(placeholder),
         )
+
+    def slots_shared(params: PyTree) -> frozenset[Any]:
+        """``shared_slots``, found once for parameters of the same structure and shapes."""
+        leaves, structure = jax.tree.flatten(params)
+        known = structure, tuple(jnp.shape(leaf) for leaf in leaves)
+        if known not in found_shared:
+            found_shared[known] = shared_slots(inner.init, params)
+        return found_shared[known]
 
     def moving(fan_in: PyTree, tree: PyTree) -> PyTree:
         """``tree`` without the leaves whose masks never change."""
@@ -282,11 +292,9 @@ def sparse_training(
             )
 
         grads, weights = where_active(grads), _each_copy(where_active, params)
-        inner_state = reset_inactive(
-            state.inner_state,
-            inner.init(weights),
-            maskable(fan_in, masks),
-        )
+        shared, slot_masks = slots_shared(params), maskable(fan_in, masks)
+        initial = inner.init(weights)
+        inner_state = reset_inactive(state.inner_state, initial, slot_masks, shared)
         if not reads_masks:
             reads_masks.append(_reads_masks(inner, grads, inner_state, weights, extra))
         if reads_masks[0]:
@@ -294,7 +302,12 @@ def sparse_training(
         steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
         if topology.skip_step and is_update is not False:
             steps = jax.tree.map(lambda u: jnp.where(is_update, jnp.zeros_like(u), u), steps)
-            new_inner_state = keep_per_weight(is_update, inner_state, new_inner_state, masks)
+            new_inner_state = keep_per_weight(
+                is_update, inner_state, new_inner_state, masks, shared
+            )
+        # The step may have moved the slots of inactive weights, gradient or not. Weights that grow
+        # later must find them at their initial value.
+        new_inner_state = reset_inactive(new_inner_state, initial, slot_masks, shared)
 
         def leave(steps: PyTree, weights: PyTree) -> PyTree:
             return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
