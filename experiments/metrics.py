@@ -39,8 +39,10 @@ class JsonLines:
     """A file of one JSON object a line, begun anew; every line is on disk once it is written.
 
     Example:
-      >>> with JsonLines("metrics.jsonl") as lines:
-      ...     lines.write({"step": 10, "loss": 0.5})
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with JsonLines(f"{folder}/metrics.jsonl") as lines:
+      ...         lines.write({"step": 10, "loss": 0.5})
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

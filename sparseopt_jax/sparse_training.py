@@ -6,8 +6,8 @@ that JAX returns is already the dense gradient by which RigL grows. Within one `
 1. The topology comes first. A ``lax.cond`` takes and returns masks and fan-in counts only; it ranks
    the weights and gradients as they came in.
 2. Gradients and weights of inactive positions are zeroed, and the inner optimizer's state for them
-   is put back to its initial value, before and after its step. All of it is elementwise and fuses
-   with the inner update.
+   is put back to its initial value, also for weights that have just grown. All of it is elementwise
+   and fuses with the inner update.
 3. The inner optimizer steps, so schedules follow the training step.
 4. Each inactive weight gets the update ``-w``, which ``w + (-w)`` turns into exactly 0. A forgotten
    ``apply_masks``, or a dense tree restored by mistake, heals on the first step.
@@ -43,13 +43,15 @@ from sparseopt_jax.preconditioner import MissingMasksError, scale_by_fan_in
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     SparseTrainingState,
-    add_explored,
+    add_bits,
     check_dense,
     count_fan_in,
     find_state,
     maskable,
+    newly_active,
     recount,
     replace_state,
+    without_grown,
 )
 from sparseopt_jax.topology import Topology
 
@@ -183,12 +185,14 @@ def sparse_training(
         if accumulates:
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights)
             accumulator = maskable(fan_in, zeros)
+        explored = jax.tree.map(pack, maskable(fan_in, masks))
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(topology_key),
             masks=masks,
             fan_in=fan_in,
-            explored=jax.tree.map(pack, maskable(fan_in, masks)),
+            explored=explored,
+            grown=jax.tree.map(jnp.zeros_like, explored),
             accumulator=accumulator,
             inner_state=inner.init(_each_copy(lambda p: apply_masks(p, masks), params)),
         )
@@ -196,7 +200,7 @@ def sparse_training(
     def _outline(placeholder: Any) -> SparseTrainingState:
         """The state of ``optax.tree.map_params``, with what stands for parameters in their place.
 
-        The fan-in and explored set are no copies of the parameters: they have their own shapes.
+        The fan-in and the packed sets are no copies of the parameters: they have their own shapes.
         """
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
@@ -204,6 +208,7 @@ def sparse_training(
             masks=placeholder,
             fan_in=jnp.zeros(()),
             explored=jnp.zeros(()),
+            grown=jnp.zeros(()),
             accumulator=placeholder if accumulates else (),
             inner_state=inner.init(placeholder),
         )
@@ -227,8 +232,8 @@ def sparse_training(
 
     def updated_topology(
         state: SparseTrainingState, params: PyTree, scores: PyTree
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """Masks, fan-in and explored set after one topology update at ``state.step``."""
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Masks, fan-in, explored set and grown weights after an update at ``state.step``."""
         if topology.grow_by == "corrected_gradient":
             scores = scale_by_fan_in(scores, state.fan_in, None, out_axes, batch_axes)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=key_impl), state.step)
@@ -246,14 +251,19 @@ def sparse_training(
             state.masks,
             is_leaf=is_hidden,
         )
-        return merged, recount(state.fan_in, merged), add_explored(state.explored, merged)
+        return (
+            merged,
+            recount(state.fan_in, merged),
+            add_bits(state.explored, merged),
+            add_bits(state.grown, newly_active(state.masks, merged)),
+        )
 
     def update_topology(
         state: SparseTrainingState, params: PyTree, grads: PyTree
     ) -> SparseTrainingState:
         _check_fit(state, params, grads)
-        masks, fan_in, explored = updated_topology(state, _copies(params)[0], grads)
-        return state._replace(masks=masks, fan_in=fan_in, explored=explored)
+        masks, fan_in, explored, grown = updated_topology(state, _copies(params)[0], grads)
+        return state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown)
 
     def update_fn(
         updates: PyTree, state: SparseTrainingState, params: PyTree | None = None, **extra: Any
@@ -264,7 +274,8 @@ def sparse_training(
             )
         _check_fit(state, params, updates)
         grads, accumulator = updates, state.accumulator
-        masks, fan_in, explored = state.masks, state.fan_in, state.explored
+        masks, fan_in = state.masks, state.fan_in
+        explored, grown = state.explored, state.grown
         is_update: Any = topology.is_update_step(state.step) if automatic else False
         if is_update is not False:
             scores = grads
@@ -276,10 +287,10 @@ def sparse_training(
                     maskable(fan_in, grads),
                 )
                 accumulator = jax.tree.map(lambda s: jnp.where(is_update, 0.0, s), scores)
-            masks, fan_in, explored = lax.cond(
+            masks, fan_in, explored, grown = lax.cond(
                 is_update,
                 lambda: updated_topology(state, _copies(params)[0], scores),
-                lambda: (masks, fan_in, explored),
+                lambda: (masks, fan_in, explored, grown),
             )
 
         def where_active(active: Any) -> PyTree:
@@ -292,9 +303,8 @@ def sparse_training(
             )
 
         grads, weights = where_active(grads), _each_copy(where_active, params)
-        shared, slot_masks = slots_shared(params), maskable(fan_in, masks)
-        initial = inner.init(weights)
-        inner_state = reset_inactive(state.inner_state, initial, slot_masks, shared)
+        shared, stayed = slots_shared(params), maskable(fan_in, without_grown(masks, grown))
+        inner_state = reset_inactive(state.inner_state, inner.init(weights), stayed, shared)
         if not reads_masks:
             reads_masks.append(_reads_masks(inner, grads, inner_state, weights, extra))
         if reads_masks[0]:
@@ -305,9 +315,6 @@ def sparse_training(
             new_inner_state = keep_per_weight(
                 is_update, inner_state, new_inner_state, masks, shared
             )
-        # The step may have moved the slots of inactive weights, gradient or not. Weights that grow
-        # later must find them at their initial value.
-        new_inner_state = reset_inactive(new_inner_state, initial, slot_masks, shared)
 
         def leave(steps: PyTree, weights: PyTree) -> PyTree:
             return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
@@ -318,6 +325,7 @@ def sparse_training(
             masks=masks,
             fan_in=fan_in,
             explored=explored,
+            grown=jax.tree.map(jnp.zeros_like, grown),
             accumulator=accumulator,
             inner_state=new_inner_state,
         )

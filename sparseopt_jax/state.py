@@ -29,6 +29,8 @@ class SparseTrainingState(NamedTuple):
         kept as 1; ``optax.MaskedNode`` for all other leaves.
       explored: for each maskable leaf which weights have been active at any time, uint8 with one
         bit a weight; ``optax.MaskedNode`` for all other leaves. See ``get_explored``.
+      grown: likewise the weights that became active since the last step. Their optimizer slots are
+        reset on the next one; the set is empty between steps unless masks were changed by hand.
       accumulator: float32 sums of gradients where the topology accumulates, else an empty tuple.
       inner_state: the wrapped optimizer's state.
 
@@ -47,6 +49,7 @@ class SparseTrainingState(NamedTuple):
     masks: PyTree
     fan_in: PyTree
     explored: PyTree
+    grown: PyTree
     accumulator: PyTree
     inner_state: optax.OptState
 
@@ -145,8 +148,8 @@ def itop_rate(opt_state: optax.OptState) -> Array:
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     """Replace the masks in an optimizer state and refresh the fan-in counts kept beside them.
 
-    The optimizer's slots of weights that become inactive, and the weights themselves, return to
-    their initial value and to zero on the next step; ``apply_masks`` zeroes the weights at once.
+    On the next step the optimizer's slots of weights that became inactive or active start again at
+    their initial value. Inactive weights become zero then; ``apply_masks`` zeroes them at once.
 
     Args:
       opt_state: the state of ``sparse_training`` or of anything wrapped around it.
@@ -182,7 +185,8 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     new = state._replace(
         masks=masks,
         fan_in=recount(state.fan_in, masks),
-        explored=add_explored(before, masks),
+        explored=add_bits(before, masks),
+        grown=add_bits(state.grown, newly_active(state.masks, masks)),
     )
     return replace_state(opt_state, new)
 
@@ -239,11 +243,26 @@ def recount(fan_in: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.map(count, fan_in, masks, is_leaf=is_hidden)
 
 
-def add_explored(explored: PyTree, masks: PyTree) -> PyTree:
-    """The explored set with the weights of new masks in it."""
+def add_bits(packed: PyTree, masks: PyTree) -> PyTree:
+    """A packed set with the weights of ``masks`` in it."""
     return jax.tree.map(
         lambda bits, mask: bits if is_hidden(bits) else bits | pack(mask),
-        explored,
+        packed,
+        masks,
+        is_leaf=is_hidden,
+    )
+
+
+def newly_active(before: PyTree, after: PyTree) -> PyTree:
+    """Weights that are active only in ``after``."""
+    return jax.tree.map(lambda old, new: new & ~old, before, after)
+
+
+def without_grown(masks: PyTree, grown: PyTree) -> PyTree:
+    """``masks`` without the weights of the packed set ``grown``."""
+    return jax.tree.map(
+        lambda bits, mask: mask if is_hidden(bits) else mask & ~unpack(bits, mask),
+        grown,
         masks,
         is_leaf=is_hidden,
     )

@@ -115,6 +115,24 @@ def test_masks_changed_by_hand_between_steps():
         check_zeros(params, opt_state)
 
 
+def test_weights_made_active_by_hand_start_from_the_initial_slots():
+    """RMSProp's average starts at 1 here and decays without a gradient; new weights have a 1."""
+    tx = make_tx(optax.rmsprop(0.1, decay=0.5, initial_scale=1.0), sx.Static())
+    params, opt_state = run(tx, make_params(), 4)
+    old = np.asarray(sx.get_masks(opt_state)["Dense_0"]["kernel"])
+    masks = sx.get_masks(opt_state)
+    masks["Dense_0"]["kernel"] = jnp.ones_like(old)
+    opt_state = sx.set_masks(opt_state, masks)
+    grads = random_grads(jax.random.key(9), params)
+    _, opt_state = step_fn(tx)(params, opt_state, grads)
+    nu = np.asarray(opt_state.inner_state[0].nu["Dense_0"]["kernel"])
+    g = np.asarray(grads["Dense_0"]["kernel"])
+    np.testing.assert_allclose(nu[~old], (0.5 + 0.5 * g**2)[~old], rtol=1e-6)
+    assert not np.allclose(nu[old], (0.5 + 0.5 * g**2)[old], rtol=1e-3)
+    for bits in jax.tree.leaves(opt_state.grown):
+        assert not np.asarray(bits).any()
+
+
 def test_editing_the_masks_one_got_does_not_edit_the_state():
     opt_state = make_tx().init(make_params())
     masks = sx.get_masks(opt_state)
