@@ -46,6 +46,7 @@ from sparseopt_jax.state import (
     add_bits,
     check_dense,
     count_fan_in,
+    emptied,
     find_state,
     maskable,
     newly_active,
@@ -325,7 +326,7 @@ def sparse_training(
             masks=masks,
             fan_in=fan_in,
             explored=explored,
-            grown=jax.tree.map(jnp.zeros_like, grown),
+            grown=emptied(grown, state.step),
             accumulator=accumulator,
             inner_state=new_inner_state,
         )

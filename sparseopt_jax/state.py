@@ -266,3 +266,12 @@ def without_grown(masks: PyTree, grown: PyTree) -> PyTree:
         masks,
         is_leaf=is_hidden,
     )
+
+
+def emptied(packed: PyTree, step: Array) -> PyTree:
+    """A packed set without any weights, sharded as before.
+
+    A constant would have no sharding to keep, and in Auto mode the compiler would replicate it. It
+    does not know that no step is negative.
+    """
+    return jax.tree.map(lambda bits: jnp.where(step < 0, bits, jnp.zeros_like(bits)), packed)
