@@ -1,40 +1,48 @@
-# Two commands: `make demo` runs the main job, `make test` checks everything. Both set up
-# .venv on first use, and again only when pyproject.toml has changed.
+# Two commands: `make demo` runs the main job, `make test` checks everything. Both set up .venv
+# with what they need on first use, and again only when pyproject.toml has changed.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+RUN    := $(VENV)/.installed-experiments
+CHECK  := $(VENV)/.installed-test
 # Test workers; more than the cores there are only makes compilation slower.
 JOBS   ?= auto
 
 .PHONY: demo test lint bench format clean
 
-demo: $(STAMP)
+demo: $(RUN)
 	$(BIN)/python -m experiments.train --config=experiments/configs/digits.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
 
-lint: $(STAMP)
+lint: $(CHECK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(CHECK)
 	$(BIN)/python -m experiments.benchmarks.selection
 
-format: $(STAMP)
+format: $(CHECK)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sparseopt_jax needs Python 3.11 or later; $(PYTHON) is" \
 	    "$$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[experiments,test]'
+
+$(RUN): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	@touch $@
+
+# TensorFlow is among it: the tests prepare datasets, and the benchmark compares with tf.data.
+$(CHECK): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments,prepare,test]'
+	@touch $@ $(RUN)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,11 +16,14 @@ def make_model(config: Config, num_classes: int) -> Any:
     """The Flax module that `config.model` names."""
     if config.model == "mlp":
         return models.MLP(features=(config.hidden, config.hidden), num_classes=num_classes)
+    options: dict[str, Any] = {"num_classes": num_classes, "width": config.width}
+    if config.base_channels:
+        options["base_channels"] = config.base_channels
     if config.model in ("resnet18", "resnet50"):
         large = {"resnet18": models.ResNet18, "resnet50": models.ResNet50}[config.model]
-        return large(num_classes=num_classes, width=config.width)
+        return large(**options)
     small = {"resnet8": models.ResNet8, "resnet20": models.ResNet20}[config.model]
-    return small(num_classes=num_classes, width=config.width, shortcut=config.shortcut)
+    return small(shortcut=config.shortcut, **options)
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:

@@ -57,13 +57,49 @@ class Config:
     """
 
     # Data and model.
-    dataset: Annotated[Literal["digits"], "which images to train on"] = "digits"
+    dataset: Annotated[
+        str,
+        "digits; folder (of class folders, in data_dir); or a dataset of tensorflow-datasets that"
+        " `python -m experiments.prepare` has prepared, e.g. cifar100, fashion_mnist, imagenet2012",
+    ] = "digits"
     data_dir: Annotated[str, "folder of datasets that are read from disk (digits is not)"] = ""
+    train_split: Annotated[str, "split to train on, e.g. train or train[:90%]"] = "train"
+    test_split: Annotated[str, "split to evaluate on; empty: test, or else validation"] = ""
+    label: Annotated[str, "which label to learn, e.g. cifar100's label or coarse_label"] = "label"
+    num_classes: Annotated[
+        int, "outputs of the model; has to be the dataset's number of classes, or 0", Range(0)
+    ] = 0
+    storage: Annotated[
+        Literal["auto", "device", "stream"],
+        "device: the whole dataset in the accelerator's memory; stream: decoded batch by batch;"
+        " auto: device where all images have one shape and fit",
+    ] = "auto"
+    augmentation: Annotated[
+        Literal["auto", "none", "crop", "crop_flip", "random_resized_crop"],
+        "crop: pad 4, crop at random; crop_flip: also mirror; random_resized_crop: of streamed"
+        " images, mirrored too; auto: none for digits and the MNIST family's figures, else"
+        " crop_flip, or random_resized_crop where streamed",
+    ] = "auto"
+    image_size: Annotated[int, "height and width that streamed images are scaled to", _POSITIVE] = (
+        224
+    )
+    max_corrupt: Annotated[
+        int, "how many images that cannot be decoded may be left out, counted in the log", Range(0)
+    ] = 0
+    loader_threads: Annotated[
+        int, "threads that decode streamed images, in each process; 0: one a core", Range(0)
+    ] = 0
+    loader_processes: Annotated[
+        int, "processes that decode streamed images; 0: the threads of this one", Range(0)
+    ] = 0
     model: Annotated[
         Literal["resnet8", "resnet20", "resnet18", "resnet50", "mlp"],
         "architecture; resnet18 and resnet50 are for images of about 224x224 pixels",
     ] = "resnet20"
     width: Annotated[int, "multiplies the channels of a ResNet's convolutions", _POSITIVE] = 1
+    base_channels: Annotated[
+        int, "channels of a ResNet's first stage at width 1; 0: the architecture's own", Range(0)
+    ] = 0
     hidden: Annotated[int, "units in each of the MLP's two hidden layers", _POSITIVE] = 512
     shortcut: Annotated[
         Literal["conv3x3", "conv1x1", "identity"],
@@ -125,6 +161,12 @@ class Config:
         int, "stop after so many steps, schedules as for the whole run; -1: all", Range(-1)
     ] = -1
     batch_size: Annotated[int, "images in a step", _POSITIVE] = 128
+    steps_per_call: Annotated[
+        int,
+        "training steps in one compiled loop, where the dataset is on the device; 0: log_every on"
+        " an accelerator, 1 on a CPU (convolutions in a loop are slow there)",
+        Range(0),
+    ] = 0
     seed: Annotated[int, "seed of the first run", Range(0, 2**31 - 1)] = 0
     seeds: Annotated[int, "how many runs per method, from seed on", _POSITIVE] = 1
     compare: Annotated[

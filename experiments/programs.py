@@ -35,7 +35,8 @@ class ModelPrograms:
     Attributes:
       module: the Flax module.
       init: seed (int32 scalar) -> params, batch_stats; all weights, as a dense model has them.
-      evaluate: (params, batch_stats, EvalBatch) -> number correct, sum of losses.
+      evaluate: (params, batch_stats, EvalBatch) -> number of examples, number correct, sum of
+        losses.
       layers: sizes of the layers that can have masks, by path, in the model's order.
       seconds: how long the compilation took.
     """
@@ -54,6 +55,10 @@ class MethodPrograms:
     Attributes:
       start: (params, batch_stats, seed) -> State, with masks and masked weights where sparse.
       step: (State, images, labels) -> State, metrics; the given state's memory is used again.
+      steps: (State, training Split, order, seed, epoch, index) -> State, metrics of
+        `steps_per_call` steps, from the epoch's batch number `index` on; the same as that many
+        calls of `step`, in one compiled loop. None where `steps_per_call` is 1.
+      steps_per_call: steps of a call of `steps`.
       measure: (optimizer state, earlier masks) -> active weights, mask churn, ITOP rate, and a copy
         of the masks that outlives the next step; only for sparse methods.
       diagnose: (State, images, labels) -> gradient norm and, for sparse methods, per layer the
@@ -66,6 +71,8 @@ class MethodPrograms:
 
     start: Callable[..., Any]
     step: Callable[..., Any]
+    steps: Callable[..., Any] | None
+    steps_per_call: int
     measure: Callable[..., Any]
     diagnose: Callable[..., Any]
     sharpness: Callable[..., Any]
@@ -73,12 +80,12 @@ class MethodPrograms:
     seconds: float
 
 
-def compile_model(config: Config, dataset: data.Dataset) -> ModelPrograms:
+def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
     """Compiles initial weights and evaluation.
 
     Args:
       config: names the model and the batch size.
-      dataset: gives the shapes and the number of classes.
+      dataset: gives shapes, number of classes, mean and standard deviation.
 
     Returns:
       The compiled programs.
@@ -89,7 +96,8 @@ def compile_model(config: Config, dataset: data.Dataset) -> ModelPrograms:
 
     def init(seed: jax.Array) -> tuple[Any, Any]:
         weights_key, _ = _keys(seed)
-        variables = module.init(weights_key, dataset.train_images[:1], train=False)
+        images = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+        variables = module.init(weights_key, images, train=False)
         for path, leaf in _leaves_in_order(variables["params"]).items():
             if sx.default_prunable(path, leaf):
                 layers[path] = leaf.size
@@ -97,19 +105,20 @@ def compile_model(config: Config, dataset: data.Dataset) -> ModelPrograms:
 
     def evaluate(
         params: Any, batch_stats: Any, batch: data.EvalBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits = module.apply(variables, batch.images, train=False).astype(jnp.float32)
+        images = _normalise(batch.images, dataset)
+        logits = module.apply(variables, images, train=False).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         # Chosen, not multiplied, by weight: a padded example's loss may be inf, and inf * 0 is NaN.
         counted = batch.weights > 0
         correct = (logits.argmax(-1) == batch.labels) & counted
-        return correct.sum(), jnp.where(counted, losses, 0.0).sum()
+        return counted.sum(), correct.sum(), jnp.where(counted, losses, 0.0).sum()
 
     seed = jnp.int32(0)
     params, batch_stats = jax.eval_shape(init, seed)
-    images, labels = _example_batch(config, dataset)
-    batch = data.EvalBatch(images, labels, jnp.ones(config.batch_size, jnp.float32))
+    weights = jnp.ones(config.batch_size, jnp.float32)
+    batch = data.EvalBatch(*_example_batch(config, dataset), weights)
     return ModelPrograms(
         module=module,
         init=_compile_fast(init, seed),
@@ -119,19 +128,19 @@ def compile_model(config: Config, dataset: data.Dataset) -> ModelPrograms:
     )
 
 
-def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) -> MethodPrograms:
+def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> MethodPrograms:
     """Compiles the training step of one method.
 
     Args:
       config: the config of that method alone (`Config.for_method`).
-      dataset: gives the shapes and the number of classes.
+      dataset: gives shapes, number of classes, mean and standard deviation.
       model: what `compile_model` returned for the same config.
 
     Returns:
       The compiled programs.
     """
     begin = time.monotonic()
-    steps_per_epoch = data.steps_per_epoch(dataset, config.batch_size)
+    steps_per_epoch = data.steps_per_epoch(config, dataset)
     sparse = config.topology != "dense"
     tx = build.make_optimizer(config, steps_per_epoch)  # only its `update`: its seed is not used
 
@@ -149,7 +158,8 @@ def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) 
         params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, changed = model.module.apply(variables, images, train=True, mutable=["batch_stats"])
+        inputs = _normalise(images, dataset)
+        logits, changed = model.module.apply(variables, inputs, train=True, mutable=["batch_stats"])
         logits = logits.astype(jnp.float32)
         targets = jax.nn.one_hot(labels, dataset.num_classes)
         targets = optax.smooth_labels(targets, config.label_smoothing)
@@ -173,6 +183,21 @@ def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) 
             "gradient_norm": sx.gradient_norm(gradient),
         }
         return State(optax.apply_updates(params, updates), batch_stats, new_opt_state), measured
+
+    def steps(
+        state: State,
+        split: data.Split,
+        order: jax.Array,
+        seed: jax.Array,
+        epoch: jax.Array,
+        index: jax.Array,
+    ) -> tuple[State, dict[str, jax.Array]]:
+        assert isinstance(dataset, data.DeviceData)
+
+        def body(state: State, i: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+            return step(state, *dataset.take_batch(split, order, seed, epoch, i))
+
+        return jax.lax.scan(body, state, index + jnp.arange(steps_per_call))
 
     def measure(opt_state: Any, earlier: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         masks = sx.get_masks(opt_state)
@@ -215,15 +240,33 @@ def compile_method(config: Config, dataset: data.Dataset, model: ModelPrograms) 
     state = jax.eval_shape(start, params, batch_stats, seed)
     masks = sx.get_masks(state.opt_state) if sparse else None
     images, labels = _example_batch(config, dataset)
+    steps_per_call = _steps_per_call(config, dataset)
+    compiled_steps = None
+    if steps_per_call > 1:
+        assert isinstance(dataset, data.DeviceData)
+        split = dataset.dataset.train
+        order = jnp.arange(len(split.labels), dtype=jnp.int32)
+        arguments = state, split, order, seed, seed, seed
+        compiled_steps = jax.jit(steps, donate_argnums=0).lower(*arguments).compile()
     return MethodPrograms(
         start=_compile_fast(start, params, batch_stats, seed),
         step=jax.jit(step, donate_argnums=0).lower(state, images, labels).compile(),
+        steps=compiled_steps,
+        steps_per_call=steps_per_call,
         measure=_compile_fast(measure, state.opt_state, masks) if sparse else measure,
         diagnose=_on_first_call(diagnose),
         sharpness=jax.jit(sharpness),
         learning_rate=build.learning_rate(config, steps_per_epoch),
         seconds=time.monotonic() - begin,
     )
+
+
+def _steps_per_call(config: Config, dataset: data.Data) -> int:
+    if not isinstance(dataset, data.DeviceData):
+        return 1
+    if config.steps_per_call == 0:
+        return 1 if jax.default_backend() == "cpu" else config.log_every
+    return config.steps_per_call
 
 
 def _compile_fast(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -251,9 +294,16 @@ def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights_key, masks_key
 
 
-def _example_batch(config: Config, dataset: data.Dataset) -> tuple[jax.Array, jax.Array]:
-    size = config.batch_size
-    return dataset.train_images[:size], dataset.train_labels[:size]
+def _example_batch(config: Config, dataset: data.Data) -> tuple[jax.Array, jax.Array]:
+    images = jnp.zeros((config.batch_size, *dataset.image_shape), jnp.uint8)
+    return images, jnp.zeros(config.batch_size, jnp.int32)
+
+
+def _normalise(images: jax.Array, dataset: data.Data) -> jax.Array:
+    """Images of a batch, uint8, to mean 0 and variance 1 per channel, float32."""
+    shape = (1, 1, 1, -1)
+    mean, std = dataset.mean.reshape(shape), dataset.std.reshape(shape)
+    return (images.astype(jnp.float32) - mean) / std
 
 
 def _leaves_in_order(tree: Any, path: str = "") -> dict[str, Any]:

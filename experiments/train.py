@@ -6,6 +6,7 @@ again with the same config and folder, it goes on with the first run that is not
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
@@ -25,6 +26,7 @@ from experiments import build, command_line, data, metrics, report, workdir
 from experiments.config import Config, ConfigError
 from experiments.programs import MethodPrograms, ModelPrograms, State, compile_method, compile_model
 from experiments.progress import Progress
+from experiments.stepping import Stepper
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -38,7 +40,7 @@ def train_run(
     config: Config,
     model: ModelPrograms,
     programs: MethodPrograms,
-    dataset: data.Dataset,
+    dataset: data.Data,
     seed: int,
     folder: pathlib.Path,
     progress: Progress,
@@ -55,13 +57,13 @@ def train_run(
       progress: told of every evaluation and logged step.
 
     Raises:
+      DataError: an image cannot be decoded, or a file be read; the message names it.
       DivergedError: the loss is not finite; the message names the step.
     """
     (method,) = config.methods()
     sparse = config.topology != "dense"
-    per_epoch = data.steps_per_epoch(dataset, config.batch_size)
+    per_epoch = data.steps_per_epoch(config, dataset)
     last_step = total_steps(config, dataset)
-    tests = data.eval_batches(dataset.test_images, dataset.test_labels, config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
 
     state = programs.start(*model.init(jnp.int32(seed)), jnp.int32(seed))
@@ -76,50 +78,55 @@ def train_run(
     shown: dict[str, float] = {}
     line: dict[str, Any] = {}
     pending: list[dict[str, jax.Array]] = []  # of the steps since the last line, on the device
-    training_seconds, since = 0.0, time.monotonic()
+    logged_step, training_seconds, since = 0, 0.0, time.monotonic()
 
-    with metrics.JsonLines(folder / "metrics.jsonl") as lines:
-        for epoch in range(1, config.epochs + 1):
-            for images, labels in data.train_batches(dataset, seed, epoch, config.batch_size):
-                state, measured = programs.step(state, images, labels)
-                pending.append(measured)
-                step += 1
-                if step % config.log_every == 0 or step == last_step:
-                    values = _mean_of_finite(pending, step, f"{method} seed {seed}", config)
-                    if sparse:
-                        active, churn, itop_rate, masks = programs.measure(state.opt_state, masks)
-                    elapsed = time.monotonic() - since
-                    line = {
-                        "kind": "train", "method": method, "seed": seed,
-                        "step": step, "epoch": step / per_epoch, **values,
-                        "learning_rate": float(programs.learning_rate(step - 1)),
-                        "density": int(active) / maskable,
-                        "mask_churn": churn, "itop_rate": itop_rate,
-                        "examples_per_second": len(pending) * config.batch_size / elapsed,
-                    }  # fmt: skip
-                    lines.write(line)
-                    shown |= {"loss": line["loss"], "density": line["density"]}
-                    progress.update(step, epoch, shown)
-                    training_seconds += elapsed
-                    pending, since = [], time.monotonic()
-                if step == last_step:
-                    break
+    with (
+        metrics.JsonLines(folder / "metrics.jsonl") as lines,
+        contextlib.closing(Stepper(programs, dataset, seed, step)) as stepper,
+    ):
+        while step < last_step:
+            epoch = step // per_epoch + 1
+            log_at = (step // config.log_every + 1) * config.log_every
+            count = min(log_at, epoch * per_epoch, last_step) - step
+            state, measured = stepper.advance(state, count)
+            pending += measured
+            step += count
+            if step in (log_at, last_step):
+                values = _mean_of_finite(pending, step, f"{method} seed {seed}", config)
+                if sparse:
+                    active, churn, itop_rate, masks = programs.measure(state.opt_state, masks)
+                elapsed = time.monotonic() - since
+                line = {
+                    "kind": "train", "method": method, "seed": seed,
+                    "step": step, "epoch": step / per_epoch, **values,
+                    "learning_rate": float(programs.learning_rate(step - 1)),
+                    "density": int(active) / maskable,
+                    "mask_churn": churn, "itop_rate": itop_rate,
+                    "examples_per_second": (step - logged_step) * config.batch_size / elapsed,
+                }  # fmt: skip
+                if config.max_corrupt:
+                    line["corrupt_examples"] = len(dataset.corrupt)
+                lines.write(line)
+                shown |= {"loss": line["loss"], "density": line["density"]}
+                progress.update(step, epoch, shown)
+                training_seconds += elapsed
+                pending, logged_step, since = [], step, time.monotonic()
+            if step < epoch * per_epoch and step < last_step:
+                continue
             jax.block_until_ready(state)  # type: ignore[no-untyped-call]
             paused = time.monotonic()
             where = {"method": method, "seed": seed, "step": step, "epoch": step / per_epoch}
             if epoch % config.eval_every == 0 or step == last_step:
-                test = _test(model, state, tests, len(dataset.test_labels))
+                test = _test(model, state, dataset)
                 lines.write({"kind": "eval"} | where | test)
                 shown |= test
                 progress.update(step, epoch, shown)
             found = _diagnostics(
-                config, programs, state, (images, labels), epoch, step == last_step
+                config, programs, state, stepper.last_batch(), epoch, step == last_step
             )
             if found:
                 lines.write({"kind": "diagnostics"} | where | found)
             since += time.monotonic() - paused  # neither is training time
-            if step == last_step:
-                break
 
     if sparse:
         masks = sx.get_masks(state.opt_state)
@@ -135,6 +142,7 @@ def train_run(
             "train_loss": line["loss"], "train_accuracy": line["train_accuracy"],
             "density": int(active) / maskable, "itop_rate": itop_rate,
             "active_weights": int(active), "maskable_weights": maskable,
+            "corrupt_examples": len(dataset.corrupt),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "state_sha256": metrics.state_sha256(state.params, masks if sparse else None),
             "timing": {
@@ -147,35 +155,38 @@ def train_run(
     )  # fmt: skip
 
 
-def total_steps(config: Config, dataset: data.Dataset) -> int:
+def total_steps(config: Config, dataset: data.Data) -> int:
     """Training steps of one run."""
-    steps = config.epochs * data.steps_per_epoch(dataset, config.batch_size)
+    steps = config.epochs * data.steps_per_epoch(config, dataset)
     return steps if config.steps == -1 else min(steps, config.steps)
 
 
 def _mean_of_finite(
-    pending: Sequence[dict[str, jax.Array]], step: int, run: str, config: Config
+    pending: list[dict[str, jax.Array]], step: int, run: str, config: Config
 ) -> dict[str, float]:
     """Means over the steps up to `step`; raises DivergedError where a loss is not finite."""
-    fetched = jax.device_get(list(pending))
-    for before, values in zip(range(len(fetched) - 1, -1, -1), fetched, strict=True):
-        if not np.isfinite(values["loss"]):
-            raise DivergedError(
-                f"{run}: the loss is {values['loss']} at step {step - before}; a smaller"
-                f" learning_rate than {config.learning_rate:g} or warmup_epochs may help"
-            )
-    return {name: float(np.mean([v[name] for v in fetched])) for name in fetched[0]}
+    fetched = {
+        name: np.concatenate([np.atleast_1d(values[name]) for values in jax.device_get(pending)])
+        for name in pending[0]
+    }
+    losses = fetched["loss"]
+    for index in np.flatnonzero(~np.isfinite(losses)):
+        raise DivergedError(
+            f"{run}: the loss is {losses[index]} at step {step - len(losses) + 1 + index}; a"
+            f" smaller learning_rate than {config.learning_rate:g} or warmup_epochs may help"
+        )
+    return {name: float(values.mean(dtype=np.float64)) for name, values in fetched.items()}
 
 
-def _test(
-    model: ModelPrograms, state: State, batches: Sequence[data.EvalBatch], examples: int
-) -> dict[str, float]:
+def _test(model: ModelPrograms, state: State, dataset: data.Data) -> dict[str, float]:
     """Accuracy and mean loss over all test examples, each counted once."""
-    sums = [model.evaluate(state.params, state.batch_stats, batch) for batch in batches]
-    correct, losses = zip(*jax.device_get(sums), strict=True)
+    sums = [
+        model.evaluate(state.params, state.batch_stats, batch) for batch in dataset.eval_batches()
+    ]
+    examples, correct, losses = zip(*jax.device_get(sums), strict=True)
     return {
-        "test_accuracy": sum(map(int, correct)) / examples,
-        "test_loss": sum(map(float, losses)) / examples,
+        "test_accuracy": sum(map(int, correct)) / sum(map(int, examples)),
+        "test_loss": sum(map(float, losses)) / sum(map(int, examples)),
     }
 
 
@@ -221,13 +232,14 @@ def train_grid(config: Config, folder: pathlib.Path, console: Any = None) -> Non
 
     Raises:
       ConfigError: the folder holds runs of another config, or the config does not fit the data.
+      DataError: a file of the dataset is damaged.
       DivergedError: the loss of a run is not finite.
     """
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config, console.print if console else print)
     steps = total_steps(config, dataset)
     methods = {method: config.for_method(method) for method in config.methods()}
     for method_config in methods.values():  # what cannot work is said before anything is written
-        build.check(method_config, data.steps_per_epoch(dataset, config.batch_size))
+        build.check(method_config, data.steps_per_epoch(config, dataset))
     workdir.open_for(config, folder)
 
     seeds = range(config.seed, config.seed + config.seeds)
@@ -267,7 +279,7 @@ def train_grid(config: Config, folder: pathlib.Path, console: Any = None) -> Non
 
 
 def _compile_methods(
-    configs: Mapping[str, Config], dataset: data.Dataset, model: ModelPrograms
+    configs: Mapping[str, Config], dataset: data.Data, model: ModelPrograms
 ) -> dict[str, MethodPrograms]:
     """Compiles methods side by side, since each compilation takes one core."""
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -287,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except DivergedError as error:
+    except (DivergedError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

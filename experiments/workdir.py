@@ -21,6 +21,9 @@ from collections.abc import Iterable, Sequence
 from experiments import metrics, report
 from experiments.config import SPECS, Config, ConfigError
 
+_MAY_CHANGE = ("data_dir", "loader_threads", "loader_processes")
+"""Fields that say where and how fast data is read, and change no result."""
+
 
 def open_for(config: Config, folder: pathlib.Path) -> None:
     """Makes `folder` and writes `config.json`, or checks that it holds the same config.
@@ -40,6 +43,8 @@ def open_for(config: Config, folder: pathlib.Path) -> None:
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
     for name, spec in SPECS.items():
+        if name in _MAY_CHANGE:
+            continue
         # A field that is newer than the folder had its default.
         before = old.get(name, spec.default)
         if before != new[name]:

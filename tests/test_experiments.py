@@ -66,7 +66,7 @@ def without_timing(record):
 @pytest.fixture(scope="module")
 def compiled():
     """The digits, and compilation that is done once a method for the tests that ask for it."""
-    cache, dataset = {}, data.load("digits")
+    cache, dataset = {}, data.load(CONFIG)
 
     def once(function):
         def cached(config, digits, *model):
@@ -319,8 +319,7 @@ def test_sparse_he_normal_scales_each_neuron_by_its_fan_in(compiled):
         64 / np.maximum(mask.sum(0), 1)
     )
     np.testing.assert_allclose(state.params["dense0"]["kernel"], scaled, rtol=1e-5)
-    batch = next(data.train_batches(digits, seed=0, epoch=1, batch_size=config.batch_size))
-    state, _ = method.step(state, *batch)
+    state, _ = method.step(state, *next(digits.train_batches(seed=0, first_step=0)))
     np.testing.assert_array_equal(sx.get_masks(state.opt_state)["dense0"]["kernel"], mask)
 
 
@@ -336,6 +335,32 @@ def test_other_settings_run(tmp_path):
     assert line["mask_churn"] > 0
     # Uniform leaves the first layer, 64x8, dense.
     assert one.fan_in["after/dense0/kernel"].tolist() == [64] * 8
+
+
+def test_a_compiled_loop_of_steps_is_the_same_as_single_steps(tmp_path):
+    """Loops of four steps, the rest of an epoch one by one; the same batches and masks."""
+    looped = dataclasses.replace(
+        CONFIG,
+        compare=(),
+        optimizer="sparseopt",
+        log_every=4,
+        steps_per_call=4,
+        augmentation="crop",
+    )
+    alone = dataclasses.replace(looped, steps_per_call=1)
+    runs = []
+    for name, config in (("looped", looped), ("alone", alone)):
+        assert run(tmp_path / name, config) == 0
+        runs.append(report.load_run(workdir.run_folder(tmp_path / name, "sparseopt", 1)))
+    lines = [[line for line in one.metrics if line["kind"] == "train"] for one in runs]
+    assert [line["step"] for line in lines[0]] == [4, 8, 12, 16, 20, 24, 25]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["mask_churn"] == theirs["mask_churn"]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+        np.testing.assert_allclose(ours["gradient_norm"], theirs["gradient_norm"], rtol=1e-3)
+    for path, fan_in in runs[0].fan_in.items():
+        np.testing.assert_array_equal(fan_in, runs[1].fan_in[path])
 
 
 @pytest.mark.parametrize("optimizer", ["ham", "sparseopt_ham"])

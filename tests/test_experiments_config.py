@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import command_line, data, train
+from experiments import command_line, train
 from experiments.config import SPECS, Config, ConfigError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -33,10 +33,6 @@ def test_every_shared_field_is_there():
     )
     assert set(shared.split()) <= set(SPECS)
     assert {field.name for field in dataclasses.fields(Config)} == set(SPECS)
-
-
-def test_choices_of_dataset_are_the_loaders():
-    assert set(SPECS["dataset"].choices) == set(data.LOADERS)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -84,7 +80,7 @@ WRONG = [
     (["--config.sparsity=nan"], ["--config.sparsity=nan", "in [0, 1)"]),
     (["--config.sparsity=much"], ["--config.sparsity='much'", "a number in [0, 1)"]),
     (["--config.topology=rigel"], ["'rigel'", "static, set, rigl, dense", "mean 'rigl'"]),
-    (["--config.dataset=digit"], ["'digit'", "one of digits", "mean 'digits'"]),
+    (["--config.storage=devise"], ["'devise'", "one of auto, device, stream", "mean 'device'"]),
     (["--config.epochs=0"], ["--config.epochs=0", "an integer at least 1"]),
     (["--config.epochs=2.5"], ["--config.epochs='2.5'", "an integer at least 1"]),
     (["--config.nesterov=maybe"], ["--config.nesterov='maybe'", "true or false"]),

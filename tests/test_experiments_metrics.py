@@ -1,4 +1,4 @@
-"""Data, metrics and progress of the experiments."""
+"""Metrics and progress of the experiments."""
 
 import io
 import json
@@ -10,88 +10,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from experiments import data, metrics, programs
-from experiments.config import Config, ConfigError
+from experiments import metrics
+from experiments.config import ConfigError
 from experiments.progress import Progress
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-def test_digits_are_split_by_class_and_normalised(digits):
-    train, test = np.asarray(digits.train_labels), np.asarray(digits.test_labels)
-    assert len(train) + len(test) == 1797
-    assert digits.train_images.shape == (len(train), 8, 8, 1)
-    assert digits.train_images.dtype == digits.test_images.dtype == jnp.float32
-    assert digits.train_labels.dtype == digits.test_labels.dtype == jnp.int32
-    shares = np.bincount(test) / np.bincount(np.concatenate([train, test]))
-    assert len(shares) == digits.num_classes == 10
-    np.testing.assert_allclose(shares, 0.2, atol=0.005)
-    np.testing.assert_allclose(np.mean(digits.train_images), 0, atol=1e-5)
-    np.testing.assert_allclose(np.std(digits.train_images), 1, atol=1e-5)
-
-
-def test_split_holds_every_example_once():
-    labels = np.array([0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
-    train, test = data.split_by_class(labels)
-    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(12))
-    # The fifth 0 and the fifth 1.
-    np.testing.assert_array_equal(test, [5, 9])
-
-
-def test_permutation_is_given_by_seed_and_epoch_alone():
-    first = np.asarray(data.epoch_permutation(3, 5, 100))
-    np.testing.assert_array_equal(np.sort(first), np.arange(100))
-    np.testing.assert_array_equal(first, data.epoch_permutation(3, 5, 100))
-    others = [data.epoch_permutation(*pair, 100) for pair in ((3, 6), (4, 5), (5, 3))]
-    assert all((first != np.asarray(other)).any() for other in others)
-
-
-def test_train_batches_follow_the_permutation(digits):
-    batches = list(data.train_batches(digits, seed=1, epoch=2, batch_size=100))
-    order = np.asarray(data.epoch_permutation(1, 2, len(digits.train_labels)))[:1400]
-    assert len(batches) == data.steps_per_epoch(digits, 100) == 14
-    labels = np.concatenate([labels for _, labels in batches])
-    images = np.concatenate([images for images, _ in batches])
-    np.testing.assert_array_equal(labels, np.asarray(digits.train_labels)[order])
-    np.testing.assert_array_equal(images, np.asarray(digits.train_images)[order])
-
-
-def test_a_batch_larger_than_the_data_is_refused(digits):
-    with pytest.raises(ConfigError, match=r"batch_size=2000 must be at most 14\d\d"):
-        data.steps_per_epoch(digits, 2000)
-
-
-@pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1)])
-def test_eval_batches_hold_every_example_once(examples, batch_size):
-    images = jnp.arange(examples * 4.0).reshape(examples, 2, 2, 1)
-    labels = jnp.arange(examples)
-    batches = data.eval_batches(images, labels, batch_size)
-    assert all(batch.images.shape == (batch_size, 2, 2, 1) for batch in batches)
-    weights = np.concatenate([batch.weights for batch in batches]).astype(bool)
-    assert weights.sum() == examples
-    seen = np.concatenate([batch.labels for batch in batches])[weights]
-    np.testing.assert_array_equal(seen, labels)
-    np.testing.assert_array_equal(np.concatenate([b.images for b in batches])[weights], images)
-
-
-def test_evaluation_counts_every_test_example_once(digits):
-    """Against one unpadded batch of all test images; 355 images do not fill batches of 100."""
-    config = Config(model="mlp", hidden=8, batch_size=100)
-    model = programs.compile_model(config, digits)
-    params, batch_stats = model.init(jnp.int32(0))
-    batches = data.eval_batches(digits.test_images, digits.test_labels, 100)
-    sums = [model.evaluate(params, batch_stats, batch) for batch in batches]
-    variables = {"params": params, "batch_stats": batch_stats}
-    logits = np.asarray(model.module.apply(variables, digits.test_images, train=False))
-    labels = np.asarray(digits.test_labels)
-    assert len(labels) % 100 != 0
-    assert sum(int(correct) for correct, _ in sums) == (logits.argmax(-1) == labels).sum()
-    shifted = logits - logits.max(-1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels]
-    np.testing.assert_allclose(sum(float(loss) for _, loss in sums), losses.sum(), rtol=1e-5)
 
 
 def test_json_lines_are_on_disk_at_once(tmp_path):

@@ -1,0 +1,264 @@
+"""Encoded images to pixels: whole, or one box of them at the size that a model takes.
+
+JPEGs are decoded by libjpeg-turbo (simplejpeg), and everything else by Pillow. An image that is
+damaged raises CorruptImageError, which says what is wrong but not with which image: callers know
+its name. An EXIF orientation is ignored, as the usual ImageNet pipelines ignore it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageChops, UnidentifiedImageError
+
+from experiments.data.errors import CorruptImageError
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused before memory is allocated; Pillow's own limit, about 9459 x 9459."""
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+"""What Pillow may take an image for; others of its formats start programs, or are no pictures."""
+
+MIN_AREA = 0.08
+MAX_RATIO = 4 / 3
+"""Random boxes cover from MIN_AREA to all of the image; the ratio of their sides is at most this.
+"""
+
+# Warnings of libjpeg about bytes that no pixel depends on. Other pipelines never see them.
+_HARMLESS = (
+    "extraneous bytes before marker 0xd9",
+    "unknown JFIF revision number",
+    "Unknown Adobe color transform code",
+    "Invalid SOS parameters for sequential JPEG",
+)
+
+_ATTEMPTS = 10
+# Four numbers an attempt and one for the flip, in Philox's blocks of four. Positions are this far
+# apart in the counter, so a change of it changes every box of every run.
+_BLOCKS = 12
+
+# The threads are Grain's; OpenCV's own would fight them for the cores.
+cv2.setNumThreads(1)
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width in pixels, from the header alone.
+
+    Raises:
+      CorruptImageError: it is no image, or one of more than `MAX_PIXELS`.
+    """
+    size = _jpeg_size(encoded)
+    if size is None:
+        with _opened(encoded) as image:
+            size = image.height, image.width
+    return _checked(size)
+
+
+def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
+    """All pixels, uint8, (height, width, 3), in RGB; an alpha channel is dropped.
+
+    Raises:
+      CorruptImageError: it is no image, is cut off or damaged, or has more than `MAX_PIXELS`.
+    """
+    return _decode_reduced(encoded, 1)
+
+
+def decode_box(
+    encoded: bytes,
+    box: Sequence[int] | npt.NDArray[np.int32],
+    size: int,
+    *,
+    flip: bool = False,
+    out: npt.NDArray[np.uint8] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """The pixels of a box, resized to a square: bilinear, without antialiasing.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where the box still has `size` pixels
+    each way then, which takes a fraction of the time and averages the pixels as it goes. The
+    box's edges are rounded to pixels of that resolution.
+
+    Args:
+      encoded: the image.
+      box: top, left, height and width in pixels of the full resolution, inside the image.
+      size: height and width of the result.
+      flip: whether to mirror the result, left to right.
+      out: contiguous uint8, (size, size, 3), where to put the result; None makes a new array.
+
+    Returns:
+      uint8, (size, size, 3), in RGB.
+
+    Raises:
+      CorruptImageError: as for `decode`.
+      ValueError: the box is not inside the image.
+    """
+    top, left, height, width = (int(number) for number in box)
+    scale = next((s for s in (8, 4, 2) if min(height, width) >= s * size), 1)
+    pixels = _decode_reduced(encoded, scale)
+    inside = top + height <= pixels.shape[0] * scale and left + width <= pixels.shape[1] * scale
+    if min(top, left) < 0 or min(height, width) < 1 or not inside:
+        raise ValueError(f"box={(top, left, height, width)} does not lie inside the image")
+    rows, columns = _divide(height, scale), _divide(width, scale)
+    first_row = min(_divide(top, scale), pixels.shape[0] - rows)
+    first_column = min(_divide(left, scale), pixels.shape[1] - columns)
+    crop = pixels[first_row : first_row + rows, first_column : first_column + columns]
+    if out is None:
+        out = np.empty((size, size, 3), np.uint8)
+    if flip:
+        resized = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)
+        cv2.flip(resized, 1, dst=out)
+    else:
+        cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+    return out
+
+
+def random_boxes(
+    seed: int, first: int, heights: npt.ArrayLike, widths: npt.ArrayLike
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Boxes and flips of random resized crops, for images at consecutive positions of a run.
+
+    The area is uniform in [0.08, 1] of the image's and the ratio of the sides log-uniform in
+    [3/4, 4/3]; where ten attempts do not fit into the image, the box is the largest centred one
+    within those ratios. Source: C. Szegedy et al., Going Deeper with Convolutions, CVPR 2015,
+    with torchvision's number of attempts.
+
+    Args:
+      seed: seed of the run.
+      first: position of the first image in the run's stream. The draws for an image are given by
+        the seed and its position alone, however the stream is cut into pieces.
+      heights: heights of the n images in pixels.
+      widths: their widths.
+
+    Returns:
+      Boxes, int32, (n, 4), of top, left, height and width; and whether to flip, bool, (n,).
+    """
+    height = np.asarray(heights, np.int64)
+    width = np.asarray(widths, np.int64)
+    generator = np.random.Philox(key=seed, counter=first * _BLOCKS)
+    raw = generator.random_raw(len(height) * _BLOCKS * 4).reshape(len(height), _BLOCKS * 4)
+    uniform = (raw >> np.uint64(11)) * 2.0**-53
+    draws = uniform[:, : 4 * _ATTEMPTS].reshape(-1, _ATTEMPTS, 4)
+    area = (height * width)[:, None] * (MIN_AREA + (1 - MIN_AREA) * draws[..., 0])
+    ratio = MAX_RATIO ** (2 * draws[..., 1] - 1)
+    box_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    box_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (
+        (box_widths >= 1)
+        & (box_heights >= 1)
+        & (box_widths <= width[:, None])
+        & (box_heights <= height[:, None])
+    )
+    row, attempt = np.arange(len(height)), fits.argmax(axis=1)
+    box_width, box_height = box_widths[row, attempt], box_heights[row, attempt]
+    top = np.floor(draws[row, attempt, 2] * (height - box_height + 1)).astype(np.int64)
+    left = np.floor(draws[row, attempt, 3] * (width - box_width + 1)).astype(np.int64)
+
+    centred_width = np.minimum(width, np.rint(height * MAX_RATIO).astype(np.int64))
+    centred_height = np.minimum(height, np.rint(width * MAX_RATIO).astype(np.int64))
+    centred = (height - centred_height) // 2, (width - centred_width) // 2
+    boxes = np.where(
+        fits.any(axis=1),
+        [top, left, box_height, box_width],
+        [*centred, centred_height, centred_width],
+    )
+    return boxes.T.astype(np.int32), uniform[:, 4 * _ATTEMPTS] < 0.5
+
+
+def central_box(height: int, width: int, ratio: float = 0.875) -> tuple[int, int, int, int]:
+    """Top, left, height, width of the centred square of `ratio` of the image's shorter side.
+
+    With 0.875 and 224 pixels this is, in one step, the usual evaluation on ImageNet, which
+    resizes the shorter side to 256 pixels and cuts out 224.
+    """
+    side = max(1, round(ratio * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _divide(number: int, divisor: int) -> int:
+    """The quotient rounded to the nearest integer, halves up."""
+    return (number + divisor // 2) // divisor
+
+
+def _checked(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if height * width > MAX_PIXELS:
+        raise CorruptImageError(
+            f"{width}x{height} pixels are more than {MAX_PIXELS}, the most that is decoded"
+        )
+    return size
+
+
+def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that libjpeg-turbo turns into RGB; None leaves it to Pillow."""
+    if not encoded.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+    except (KeyError, ValueError):  # rare kinds of subsampling, or no usable header
+        return None
+    return None if colorspace in ("CMYK", "YCCK") else (height, width)
+
+
+def _decode_reduced(encoded: bytes, scale: int) -> npt.NDArray[np.uint8]:
+    """RGB pixels at 1/scale of the resolution; height and width are rounded up."""
+    size = _jpeg_size(encoded)
+    if size is not None:
+        height, width = _checked(size)
+        limits = (-(-height // scale), -(-width // scale), scale) if scale > 1 else (0, 0, 1)
+        try:
+            return simplejpeg.decode_jpeg(
+                encoded,
+                "RGB",
+                min_height=limits[0],
+                min_width=limits[1],
+                min_factor=limits[2],
+                strict=True,
+            )
+        except ValueError as error:
+            # Pillow decodes on after any warning, but not where the data ends too early.
+            if not any(warning in str(error) for warning in _HARMLESS):
+                raise CorruptImageError(f"damaged JPEG: {error}") from None
+    with _opened(encoded) as image:
+        _checked((image.height, image.width))
+        image = _to_rgb(image)
+        # The counterpart of a JPEG's scaled decoding, averaging blocks of pixels.
+        return np.array(image.reduce(scale) if scale > 1 else image)
+
+
+@contextlib.contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, opened by Pillow; whatever goes wrong in the block is a CorruptImageError."""
+    if not encoded:
+        raise CorruptImageError("it is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            yield image
+    except (CorruptImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise CorruptImageError(
+            f"not an image in one of the formats {', '.join(FORMATS)}"
+        ) from None
+    except Exception as error:  # Pillow raises nearly every type of exception on damaged data
+        raise CorruptImageError(f"damaged image: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB with 8 bits; transparency is ignored, of 16 bits the upper 8 are kept."""
+    image.load()
+    # Pillow would warn where it cannot carry the transparent colour over.
+    image.info.pop("transparency", None)
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([grey] * 3, axis=-1))
+    if image.mode == "F":
+        raise CorruptImageError("its pixels are floating-point numbers, not integers")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG to be inverted, as Adobe stores them.
+        image = ImageChops.invert(image)
+    return image.convert("RGB")

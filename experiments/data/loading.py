@@ -1,0 +1,229 @@
+"""From a config to its data: on the device where it fits, else streamed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from experiments.config import Config, ConfigError
+from experiments.data import on_device, sources, streaming
+from experiments.data.corrupt import CorruptExamples
+from experiments.data.on_device import EvalBatch, Split
+
+DEVICE_BYTES = 4 * 2**30
+"""Larger datasets are streamed unless `storage` says otherwise."""
+
+_WITHOUT_FLIP = ("digits", "mnist", "kmnist", "emnist")
+
+# Of the channels' values from 0 to 255, over ImageNet's training images; the usual constants.
+_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class Data(Protocol):
+    """What training needs of a dataset.
+
+    Attributes:
+      num_classes: how many labels there are.
+      image_shape: height, width and channels of the images of a batch.
+      mean: what to subtract from the values of a batch, float32, (channels,).
+      std: what to divide by after that, float32, (channels,).
+      train_examples: how many images there are to train on.
+      corrupt: images that were left out.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: np.ndarray
+    std: np.ndarray
+    train_examples: int
+    corrupt: CorruptExamples
+
+    def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
+        """The batch of every step from `first_step` on, uint8 images and int32 labels."""
+
+    def eval_batches(self) -> Iterable[EvalBatch]:
+        """Batches that hold every test example once, and padding of weight 0."""
+
+
+class DeviceData:
+    """A dataset on the device, with a config's batch size and augmentation; see `Data`."""
+
+    def __init__(
+        self, dataset: on_device.Dataset, config: Config, corrupt: CorruptExamples
+    ) -> None:
+        """Keeps what it is given."""
+        self.dataset = dataset
+        self.num_classes = dataset.num_classes
+        _, height, width, channels = dataset.train.images.shape
+        self.image_shape = (height, width, channels)
+        self.mean, self.std = dataset.mean, dataset.std
+        self.train_examples = len(dataset.train.labels)
+        self.corrupt = corrupt
+        self.steps_per_epoch = self.train_examples // config.batch_size
+        self.augmentation: Any = _augmentation(config, streamed=False)
+        self._batch_size = config.batch_size
+
+    def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
+        """As `Data.train_batches`."""
+        return on_device.train_batches(
+            self.dataset.train, seed, first_step, self._batch_size, self.augmentation
+        )
+
+    def take_batch(
+        self, split: Split, order: jax.Array, seed: Any, epoch: Any, index: Any
+    ) -> Split:
+        """Batch number `index` of an epoch; `on_device.take_batch` with this config's settings."""
+        return on_device.take_batch(
+            split,
+            order,
+            seed,
+            epoch,
+            index,
+            batch_size=self._batch_size,
+            augmentation=self.augmentation,
+        )
+
+    @functools.cached_property
+    def _eval_batches(self) -> list[EvalBatch]:
+        return on_device.eval_batches(self.dataset.test, self._batch_size)
+
+    def eval_batches(self) -> list[EvalBatch]:
+        """As `Data.eval_batches`."""
+        return self._eval_batches
+
+
+class StreamedData:
+    """A dataset that is read and decoded batch by batch; see `Data`."""
+
+    def __init__(
+        self,
+        train: sources.Source,
+        test: sources.Source,
+        config: Config,
+        corrupt: CorruptExamples,
+    ) -> None:
+        """Keeps what it is given; opens no file."""
+        self._train, self._test, self._config = train, test, config
+        self.num_classes = train.num_classes
+        self.image_shape = (config.image_size, config.image_size, 3)
+        self.mean, self.std = _IMAGENET_MEAN, _IMAGENET_STD
+        self.train_examples = len(train)
+        self.corrupt = corrupt
+        self._random_crop = _augmentation(config, streamed=True) == "random_resized_crop"
+        self._sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
+        """As `Data.train_batches`."""
+        batches = streaming.train_batches(
+            self._train,
+            seed=seed,
+            batch_size=self._config.batch_size,
+            image_size=self._config.image_size,
+            first_step=first_step,
+            random_crop=self._random_crop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self._workers(),
+            corrupt=self.corrupt,
+        )
+        global_batches: Iterator[Any] = streaming.to_device(batches, self._sharding)
+        for batch in global_batches:
+            yield Split(batch.images, batch.labels)
+
+    def eval_batches(self) -> Iterator[EvalBatch]:
+        """As `Data.eval_batches`."""
+        batches = streaming.eval_batches(
+            self._test,
+            batch_size=self._config.batch_size,
+            image_size=self._config.image_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self._workers(),
+            corrupt=self.corrupt,
+        )
+        global_batches: Iterator[Any] = streaming.to_device(batches, self._sharding)
+        for batch in global_batches:
+            yield EvalBatch(*batch)
+
+    def _workers(self) -> streaming.Workers:
+        return streaming.Workers(self._config.loader_threads, self._config.loader_processes)
+
+
+def load(config: Config, say: Callable[[str], object] = print) -> DeviceData | StreamedData:
+    """The data that a config names.
+
+    Args:
+      config: names dataset, folder, splits, label and storage.
+      say: called with a line of text for each image that is left out.
+
+    Returns:
+      The data, on the default device or ready to be streamed.
+
+    Raises:
+      ConfigError: the dataset or a split is not there, or a setting does not fit it.
+      DataError: a file is damaged.
+    """
+    corrupt = CorruptExamples(config.max_corrupt, say)
+    if config.dataset == "digits":
+        if config.storage == "stream":
+            raise ConfigError("storage='stream' must be auto or device, since digits is embedded")
+        data: DeviceData | StreamedData = DeviceData(on_device.load_digits(), config, corrupt)
+    else:
+        data = _open(config, corrupt)
+    if config.num_classes not in (0, data.num_classes):
+        raise ConfigError(
+            f"num_classes={config.num_classes} must be {data.num_classes}, the number of classes"
+            f" of {config.dataset} ({config.label}), or 0"
+        )
+    return data
+
+
+def _open(config: Config, corrupt: CorruptExamples) -> DeviceData | StreamedData:
+    train, test = (
+        sources.open_source(config.dataset, config.data_dir, split, config.label)
+        for split in (config.train_split, config.test_split)
+    )
+    size = math.inf
+    if None not in train.image_shape:
+        size = (len(train) + len(test)) * math.prod(n for n in train.image_shape if n is not None)
+    if config.storage == "device" and size == math.inf:
+        raise ConfigError(
+            f"storage='device' must be auto or stream, since images of {config.dataset} differ in"
+            " shape"
+        )
+    if config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES):
+        return StreamedData(train, test, config, corrupt)
+    loaded, tests = (on_device.load_split(source, corrupt) for source in (train, test))
+    dataset = on_device.make_dataset(loaded, tests, train.num_classes)
+    return DeviceData(dataset, config, corrupt)
+
+
+def _augmentation(config: Config, streamed: bool) -> str:
+    """What `config.augmentation` comes to; raises ConfigError where it does not fit."""
+    allowed = ("none", "random_resized_crop") if streamed else ("none", "crop", "crop_flip")
+    if config.augmentation == "auto":
+        without = config.dataset.split("/")[0].split(":")[0] in _WITHOUT_FLIP
+        return "none" if without else allowed[-1]
+    if config.augmentation not in allowed:
+        where = "streamed" if streamed else "on the device"
+        raise ConfigError(
+            f"augmentation={config.augmentation!r} must be auto, {', '.join(allowed[:-1])} or"
+            f" {allowed[-1]}, since {config.dataset} is {where}"
+        )
+    return config.augmentation
+
+
+def steps_per_epoch(config: Config, data: Data) -> int:
+    """Full batches in an epoch; raises ConfigError where there is none."""
+    if config.batch_size > data.train_examples:
+        raise ConfigError(
+            f"batch_size={config.batch_size} must be at most {data.train_examples}, the number of"
+            " training images"
+        )
+    return data.train_examples // config.batch_size

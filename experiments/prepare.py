@@ -1,0 +1,428 @@
+"""Prepares a dataset: `python -m experiments.prepare --dataset=NAME --data_dir=DIR`.
+
+Downloads a dataset of tensorflow-datasets and stores it as ArrayRecord files, which training
+reads without TensorFlow. Started again after an interruption, even a hard one, it keeps the
+downloads that were complete and writes the records anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import inspect
+import logging
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import logging as absl_logging
+
+from experiments import prepare_errors
+from experiments.command_line import closest
+from experiments.config import ConfigError
+from experiments.data.errors import DataError
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+REPORT_EVERY = 30.0
+"""Seconds between lines on progress, where there is no terminal for bars."""
+
+RETRIES = 5
+"""Attempts after a failed connection, 6 s in all; tensorflow-datasets' own 10 take 200 s."""
+
+IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")
+"""Datasets whose publishers' four idx files `--idx_dir` takes."""
+
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+# The two files of ILSVRC 2012: what they hold, how many members, and bytes.
+_IMAGENET = {
+    "ILSVRC2012_img_train.tar": ("class tars", 1000, 147_897_477_120),
+    "ILSVRC2012_img_val.tar": ("images", 50_000, 6_744_924_160),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m experiments.prepare",
+        description="Downloads a dataset of tensorflow-datasets and stores it as ArrayRecord"
+        " files, which training reads without TensorFlow. Started again, it goes on: finished"
+        " downloads are kept.",
+        epilog="Without a download: Debian's package dataset-fashion-mnist puts the four files of"
+        " Fashion-MNIST into /usr/share/datasets/fashion-mnist; then: python -m"
+        " experiments.prepare --dataset=fashion_mnist"
+        " --idx_dir=/usr/share/datasets/fashion-mnist --data_dir=DIR",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="e.g. cifar10, cifar100, mnist, imagenet2012, emnist/letters",
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="local folder for all prepared datasets")
+    parser.add_argument(
+        "--manual_dir",
+        metavar="DIR",
+        help="folder with files that were downloaded by hand, under their own names"
+        " (default: DIR/downloads/manual)",
+    )
+    parser.add_argument(
+        "--idx_dir",
+        metavar="DIR",
+        help="folder with the four idx files, instead of a download, and without TensorFlow"
+        f" ({', '.join(IDX_DATASETS)})",
+    )
+    return parser
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    asked, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        names = ("--dataset", "--data_dir", "--manual_dir", "--idx_dir", "--help")
+        hint = closest(unknown[0].split("=", 1)[0], names)
+        raise ConfigError(f"{unknown[0]}: no such argument.{hint}\nArguments: {', '.join(names)}")
+    if not asked.dataset:
+        raise ConfigError("--dataset is missing, e.g. --dataset=cifar10")
+    return asked
+
+
+def prepare(
+    dataset: str, data_dir: str | None, manual_dir: str | None = None, idx_dir: str | None = None
+) -> None:
+    """Prepares a dataset in `data_dir`, or says that there is nothing to do.
+
+    Args:
+      dataset: its name in tensorflow-datasets, as `sources.open_source` takes it.
+      data_dir: local folder of all datasets; made where there is none.
+      manual_dir: folder with files that were downloaded by hand.
+      idx_dir: folder with the idx files of a dataset of the MNIST family.
+
+    Raises:
+      ConfigError: the dataset is unknown, not one of images and labels, stored in another format
+        already, or something has to be installed or downloaded by hand first.
+      DataError: a download failed, or a file is damaged.
+    """
+    if dataset in ("digits", "folder"):
+        where = {
+            "digits": "digits comes with scikit-learn",
+            "folder": "dataset=folder reads image files where they are:"
+            " DIR/train/<class>/<image> and DIR/val/<class>/<image>",
+        }[dataset]
+        command = _train_command(dataset, "DIR", large=dataset == "folder")
+        print(f"{where}; there is nothing to prepare.\nto train: {command}")
+        return
+    if not data_dir or "://" in data_dir:
+        raise ConfigError(f"--data_dir={data_dir or ''} must be a local folder for the dataset")
+    # tensorflow-datasets takes a second to import, and what needs it comes only now.
+    from experiments.data import prepared
+
+    name = prepared.parse_name(dataset)
+    if idx_dir is not None and (name.name not in IDX_DATASETS or name.config):
+        raise ConfigError(f"--idx_dir is for {', '.join(IDX_DATASETS)}, not for {dataset}")
+    root = pathlib.Path(data_dir).expanduser()
+    manual = pathlib.Path(manual_dir or root / "downloads" / "manual").expanduser()
+    with prepare_errors.explained(dataset, root):
+        builder = _builder(name, root)
+        prepared.image_feature(builder.info.features, dataset)
+        prepared.class_labels(builder.info.features, dataset)
+    folder = pathlib.Path(builder.data_dir)
+    if folder.exists():
+        info = _check_prepared(folder)
+        print(f"{dataset} is already prepared.")
+    else:
+        if idx_dir is not None:
+            builder = _idx_builder(builder, idx_dir, root)
+        else:
+            _check_requirements(builder, manual, root)
+        _build(builder, root, manual)
+        info = _check_prepared(folder)
+    for split in info.splits.values():
+        print(f"{split.name}: {split.num_examples:,} images")
+    for label, classes in prepared.class_labels(info.features, dataset).items():
+        print(f"{label}: {classes:,} classes")
+    downloads = root / "downloads" / name.name
+    if size := _size(downloads):
+        print(f"no longer needed, {_gigabytes(size)}: {downloads}")
+    _, shape = prepared.image_feature(info.features, dataset)
+    print(f"folder: {folder}\nto train: {_train_command(dataset, data_dir, None in shape)}")
+
+
+def _train_command(dataset: str, data_dir: str, large: bool) -> str:
+    """The command that trains on a dataset, with its own config file if it has one."""
+    own = _CONFIGS / f"{re.split('[/:]', dataset)[0]}.py"
+    config = own if own.is_file() else _CONFIGS / "fashion_mnist.py"
+    words = ["python", "-m", "experiments.train"]
+    words.append(f"--config={config.relative_to(_CONFIGS.parents[1])}")
+    if dataset != "digits":
+        words += [f"--config.dataset={dataset}", f"--config.data_dir={data_dir}"]
+    if large and config != own:
+        words.append("--config.model=resnet50")
+    return shlex.join(words)
+
+
+def _builder(name: Any, root: pathlib.Path) -> Any:
+    """The builder of tensorflow-datasets; raises ConfigError where it has none of that name."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    if name.name not in known:
+        hint = closest(name.name, known)
+        if not prepare_errors.has_tensorflow():
+            hint += " Some are known only where TensorFlow is installed: pip install '.[prepare]'"
+        raise ConfigError(
+            f"--dataset={name}: tensorflow-datasets {tfds.__version__} has no dataset"
+            f" {name.name!r}.{hint}"
+        )
+    builder_class = tfds.builder_cls(name.name)
+    configs = sorted(builder_class.builder_configs)
+    if name.config and name.config not in configs:
+        raise ConfigError(
+            f"--dataset={name}: no such config.{closest(name.config, configs)}"
+            f" Configs of {name.name}: {', '.join(configs) or 'none'}"
+        )
+    options = {"config": name.config, "version": name.version}
+    return builder_class(data_dir=root, **{k: v for k, v in options.items() if v})
+
+
+def _idx_builder(builder: Any, idx_dir: str, root: pathlib.Path) -> Any:
+    """A builder of the same dataset, with its features, from idx files instead of a download."""
+    import cv2
+    import tensorflow_datasets as tfds
+
+    from experiments.data import idx
+
+    features = builder.info.features
+    height, width, _ = features["image"].shape
+    splits = idx.read_folder(idx_dir, features["label"].num_classes, (height, width))
+    registered: Any = type(builder)
+    with tfds.core.registered.skip_registration():
+
+        class FromIdx(registered):
+            name = registered.name
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                del dl_manager
+                return {split: self._generate_examples(data) for split, data in splits.items()}
+
+            def _generate_examples(self, data: idx.IdxSplit) -> Iterator[tuple[int, Any]]:
+                for key, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+                    # PNG, as tensorflow-datasets would store it, but TensorFlow would encode it.
+                    encoded = cv2.imencode(".png", image)[1].tobytes()
+                    yield key, {"image": encoded, "label": int(label)}
+
+    FromIdx.__module__ = registered.__module__
+    return FromIdx(data_dir=root, version=str(builder.version))
+
+
+def _check_prepared(folder: pathlib.Path) -> Any:
+    """The `DatasetInfo`; raises ConfigError or DataError where the folder cannot be used."""
+    from experiments.data import prepared, tfds_source
+
+    prepared.check_complete(folder)
+    info = prepared.read_info(folder)
+    for split in info.splits.values():
+        tfds_source.check_files(tfds_source.shards(split), folder)
+    return info
+
+
+def _check_requirements(builder: Any, manual: pathlib.Path, root: pathlib.Path) -> None:
+    """Raises ConfigError or DataError for what can be known before a download begins."""
+    if builder.name == "imagenet2012":
+        _check_imagenet(manual, root)
+    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not (manual.is_dir() and any(manual.iterdir())):
+        instructions = inspect.cleandoc(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
+        raise ConfigError(
+            f"{builder.name} has to be downloaded by hand, into --manual_dir={manual}, where there"
+            f" is nothing; tensorflow-datasets says:\n{instructions}"
+        )
+    if not prepare_errors.has_tensorflow():
+        raise ConfigError(f"{builder.name}: {prepare_errors.NO_TENSORFLOW}")
+
+
+def _check_imagenet(manual: pathlib.Path, root: pathlib.Path) -> None:
+    """Checks ILSVRC's two tar files: that they are there, whole, and that the disk has room."""
+    paths = {name: manual / name for name in _IMAGENET}
+    if not all(path.is_file() for path in paths.values()):
+        lines = [
+            f"  {name} ({size / 2**30:.3g} GB): {'there' if paths[name].is_file() else 'missing'}"
+            for name, (_, _, size) in _IMAGENET.items()
+        ]
+        raise ConfigError(
+            f"imagenet2012 has to be downloaded by hand: register at https://image-net.org/ and put"
+            f" these two files into --manual_dir={manual}\n" + "\n".join(lines)
+        )
+    for name, path in paths.items():
+        print(f"checking {path} ...", flush=True)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = sum(member.isfile() for member in tar)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"{path}: not a tar file, or truncated ({error}); the original has"
+                f" {_IMAGENET[name][2]:,} bytes, this one {path.stat().st_size:,}"
+            ) from error
+        kind, expected, _ = _IMAGENET[name]
+        if members != expected:
+            print(f"note: {path} has {members:,} {kind}; ImageNet's has {expected:,}")
+    needed = sum(path.stat().st_size for path in paths.values())
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DataError(
+            f"{root} has {_gigabytes(free)} free; imagenet2012 needs {_gigabytes(needed)} there"
+        )
+
+
+def _build(builder: Any, root: pathlib.Path, manual: pathlib.Path) -> None:
+    """Downloads and writes, alone, and leaves nothing unfinished behind."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = RETRIES
+    folder = pathlib.Path(builder.data_dir)
+    downloads = root / "downloads" / builder.name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--data_dir={root}: cannot be written to: {error}") from error
+    config = tfds.download.DownloadConfig(
+        extract_dir=downloads / "extracted",
+        manual_dir=manual,
+        try_download_gcs=False,  # what is stored there is in another format
+    )
+    with _alone(root, builder.name):
+        _remove_unfinished(folder.parent, downloads, say=print)
+        print(f"preparing {builder.info.full_name} in {folder}", flush=True)
+        try:
+            with (
+                prepare_errors.explained(builder.name, root),
+                _progress(builder.name, downloads, folder.parent),
+            ):
+                builder.download_and_prepare(download_config=config, file_format="array_record")
+        finally:
+            _remove_unfinished(folder.parent, downloads)
+
+
+@contextlib.contextmanager
+def _alone(root: pathlib.Path, name: str) -> Iterator[None]:
+    """Holds a lock that the kernel releases when this process ends, in whatever way."""
+    path = root / f".{name}.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DataError(
+                f"{name} is being prepared in {root} by another process ({file.read().strip()});"
+                f" wait until it has finished, or stop it (lock file: {path})"
+            ) from None
+        except OSError as error:
+            print(f"note: {path} cannot be locked ({error}); start nothing else in {root}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def _remove_unfinished(folder: pathlib.Path, downloads: pathlib.Path, say: Any = None) -> None:
+    """Removes partial records, downloads and unpacked archives; complete ones are kept."""
+    found = [*folder.glob("incomplete.*"), *(downloads / "extracted").glob("incomplete.*")]
+    partial = re.compile(r"\.tmp\.[0-9a-f]{32}$")
+    found += [p for p in downloads.glob("**/*.tmp.*") if partial.search(p.name)]
+    for path in found:
+        if say:
+            say(f"removing what an interrupted run left: {path}")
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _progress(name: str, downloads: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+    """Bars of tensorflow-datasets on a terminal, otherwise a line now and then."""
+    import tensorflow_datasets as tfds
+
+    if sys.stderr.isatty():
+        yield
+        return
+    started, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(REPORT_EVERY):
+            minutes = (time.monotonic() - started) / 60
+            print(
+                f"{name}: {_gigabytes(_size(downloads))} downloaded,"
+                f" {_gigabytes(sum(map(_size, folder.glob('incomplete.*'))))} written,"
+                f" {minutes:.1f} minutes",
+                flush=True,
+            )
+
+    thread = threading.Thread(target=report, daemon=True)
+    tfds.disable_progress_bar()
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        tfds.enable_progress_bar()
+
+
+def _size(folder: pathlib.Path) -> int:
+    """Bytes of all files in a folder, some of which may vanish meanwhile."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(path, name))
+    return total
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 (data, network), 2 (wrong setting), 130 (Ctrl-C)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        asked = _parse(words)
+        prepare(asked.dataset, asked.data_dir, asked.manual_dir, asked.idx_dir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        command = shlex.join(["python", "-m", "experiments.prepare", *words])
+        print(f"\ninterrupted; to continue: {command}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    # TensorFlow only encodes images here: it needs no GPU, and nobody needs its start-up messages.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # every retry would be a line
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Downloads run in threads that cannot be stopped, and the interpreter would wait for them.
+    os._exit(exit_code)
