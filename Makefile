@@ -23,6 +23,7 @@ lint: $(CHECK)
 
 bench: $(CHECK)
 	$(BIN)/python -m experiments.benchmarks.selection
+	$(BIN)/python -m experiments.benchmarks.input_pipeline
 
 format: $(CHECK)
 	$(BIN)/ruff check --fix .
