@@ -28,7 +28,10 @@ from experiments import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+CIFAR_URLS = {
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+}
 
 
 class Written(NamedTuple):
@@ -151,30 +154,57 @@ def imagenet_tars(
 
 
 class CifarSplit(NamedTuple):
-    """Images, uint8, (n, 32, 32, 3), and labels, uint8, (n,)."""
+    """Images, uint8, (n, 32, 32, 3), and labels by name, each uint8, (n,)."""
 
     images: np.ndarray
-    coarse_labels: np.ndarray
-    labels: np.ndarray
+    labels: dict[str, np.ndarray]
 
 
-def cifar100_archive(path: str | os.PathLike[str], train: int, test: int) -> dict[str, CifarSplit]:
-    """Writes `cifar-100-binary.tar.gz`: a record is two label bytes and a plane a channel."""
+# Labels in the order of a record's first bytes, with the number of their classes and the file of
+# their names; then the files of each split.
+CIFAR = {
+    "cifar10": (
+        {"label": (10, "batches.meta.txt")},
+        {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]},
+        "cifar-10-batches-bin",
+    ),
+    "cifar100": (
+        {"coarse_label": (20, "coarse_label_names.txt"), "label": (100, "fine_label_names.txt")},
+        {"train": ["train.bin"], "test": ["test.bin"]},
+        "cifar-100-binary",
+    ),
+}
+
+
+def cifar_archive(
+    dataset: str, path: str | os.PathLike[str], train: int, test: int
+) -> dict[str, CifarSplit]:
+    """Writes CIFAR's archive: a record is a byte a label and 1,024 bytes a channel."""
+    kinds, files, folder = CIFAR[dataset]
     rng = np.random.default_rng(100)
     written = {}
     with tarfile.open(path, "w:gz") as tar:
         for split, count in (("train", train), ("test", test)):
             images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            fine = rng.integers(0, 100, count, dtype=np.uint8)
-            coarse = rng.integers(0, 20, count, dtype=np.uint8)
-            written[split] = CifarSplit(images, coarse, fine)
+            labels = {
+                name: rng.integers(0, classes, count, dtype=np.uint8)
+                for name, (classes, _) in kinds.items()
+            }
+            written[split] = CifarSplit(images, labels)
             records = np.concatenate(
-                [coarse[:, None], fine[:, None], images.transpose(0, 3, 1, 2).reshape(count, -1)], 1
+                [
+                    *(x[:, None] for x in labels.values()),
+                    images.transpose(0, 3, 1, 2).reshape(count, -1),
+                ],
+                axis=1,
             )
-            _add(tar, f"cifar-100-binary/{split}.bin", records.tobytes())
-        for kind, count in (("coarse", 20), ("fine", 100)):
-            names = "".join(f"{kind} {index}\n" for index in range(count))
-            _add(tar, f"cifar-100-binary/{kind}_label_names.txt", names.encode())
+            for name, part in zip(
+                files[split], np.array_split(records, len(files[split])), strict=True
+            ):
+                _add(tar, f"{folder}/{name}", part.tobytes())
+        for kind, (classes, name) in kinds.items():
+            names = "".join(f"{kind} {index}\n" for index in range(classes))
+            _add(tar, f"{folder}/{name}", names.encode())
     return written
 
 

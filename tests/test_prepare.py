@@ -20,7 +20,7 @@ from experiments import prepare, prepare_errors
 from experiments.data import sources
 from experiments.data.errors import DataError
 from tests import make_data
-from tests.make_data import CIFAR100_URL
+from tests.make_data import CIFAR_URLS
 from tests.make_data import run_prepare_here as run
 
 
@@ -122,34 +122,38 @@ def test_imagenet_without_room_on_the_disk(tmp_path, capsys, monkeypatch):
     assert "has 0.00 GB free; imagenet2012 needs" in err
 
 
-# CIFAR-100, by its own builder.
+# CIFAR, by its own builders.
 
 
-def test_cifar100_from_a_finished_download(tmp_path):
-    archive = tmp_path / "cifar-100-binary.tar.gz"
-    written = make_data.cifar100_archive(archive, train=40, test=20)
-    make_data.put_into_downloads(tmp_path, "cifar100", CIFAR100_URL, archive)
+@pytest.mark.parametrize("dataset", CIFAR_URLS)
+def test_cifar_from_a_finished_download(tmp_path, dataset):
+    archive = tmp_path / f"{dataset}.tar.gz"
+    written = make_data.cifar_archive(dataset, archive, train=40, test=20)
+    make_data.put_into_downloads(tmp_path, dataset, CIFAR_URLS[dataset], archive)
     # No proxy listens there: the download that is in place must do.
     done = make_data.run_prepare(
-        "--dataset=cifar100", f"--data_dir={tmp_path}", HTTPS_PROXY="http://127.0.0.1:9"
+        f"--dataset={dataset}", f"--data_dir={tmp_path}", HTTPS_PROXY="http://127.0.0.1:9"
     )
     assert done.returncode == 0, done.stderr
-    assert "coarse_label: 20 classes\nlabel: 100 classes\n" in done.stdout
+    classes = {name: number for name, (number, _) in make_data.CIFAR[dataset][0].items()}
+    assert all(f"{label}: {number} classes\n" in done.stdout for label, number in classes.items())
     for split, data in written.items():
-        for label, labels in (("label", data.labels), ("coarse_label", data.coarse_labels)):
-            source = sources.open_source("cifar100", str(tmp_path), split, label)
-            assert source.num_classes == {"label": 100, "coarse_label": 20}[label]
+        assert data.labels.keys() == classes.keys()
+        for label, labels in data.labels.items():
+            source = sources.open_source(dataset, str(tmp_path), split, label)
+            assert source.num_classes == classes[label]
             assert source.image_shape == (32, 32, 3)
             assert read_all(source) == sorted_pairs(data.images, labels)
 
 
 def test_a_file_with_the_wrong_checksum(tmp_path, capsys):
     archive = tmp_path / "cifar-100-binary.tar.gz"
-    make_data.cifar100_archive(archive, train=2, test=1)
+    make_data.cifar_archive("cifar100", archive, train=2, test=1)
     arguments = ["--dataset=cifar100", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"]
     code, _, err = run(capsys, *arguments)
     assert code == 1
-    assert f"Artifact {CIFAR100_URL}, downloaded to {archive}, has wrong checksum" in err
+    url = CIFAR_URLS["cifar100"]
+    assert f"Artifact {url}, downloaded to {archive}, has wrong checksum" in err
     assert archive.exists()
 
 

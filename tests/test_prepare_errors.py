@@ -17,7 +17,7 @@ from experiments import prepare, prepare_errors
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
 from tests import make_data
-from tests.make_data import CIFAR100_URL
+from tests.make_data import CIFAR_URLS
 from tests.make_data import run_prepare_here as run
 
 
@@ -117,7 +117,7 @@ def test_no_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "RETRIES", 0)
     code, _, err = run(capsys, "--dataset=cifar100", f"--data_dir={tmp_path}")
     assert code == 1
-    assert f"cannot download {CIFAR100_URL} into {tmp_path / 'downloads'}" in err
+    assert f"cannot download {CIFAR_URLS['cifar100']} into {tmp_path / 'downloads'}" in err
     assert "Is there a network?" in err
     assert not list((tmp_path / "downloads" / "cifar100").glob("*.tmp.*"))
 
