@@ -163,8 +163,8 @@ class Config:
     batch_size: Annotated[int, "images in a step", _POSITIVE] = 128
     steps_per_call: Annotated[
         int,
-        "training steps in one compiled loop, where the dataset is on the device; 0: log_every on"
-        " an accelerator, 1 on a CPU (convolutions in a loop are slow there)",
+        "training steps in one compiled loop, where the dataset is on the device; 0: 10 on an"
+        " accelerator, 1 on a CPU (convolutions in a loop are slow there)",
         Range(0),
     ] = 0
     seed: Annotated[int, "seed of the first run", Range(0, 2**31 - 1)] = 0

@@ -30,6 +30,7 @@ from experiments import prepare_errors
 from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
+from experiments.data.paths import local_folder
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -135,8 +136,8 @@ def prepare(
     name = prepared.parse_name(dataset)
     if idx_dir is not None and (name.name not in IDX_DATASETS or name.config):
         raise ConfigError(f"--idx_dir is for {', '.join(IDX_DATASETS)}, not for {dataset}")
-    root = pathlib.Path(data_dir).expanduser()
-    manual = pathlib.Path(manual_dir or root / "downloads" / "manual").expanduser()
+    root = local_folder("--data_dir", data_dir)
+    manual = local_folder("--manual_dir", manual_dir or str(root / "downloads" / "manual"))
     with prepare_errors.explained(dataset, root):
         builder = _builder(name, root)
         prepared.image_feature(builder.info.features, dataset)
@@ -323,7 +324,11 @@ def _build(builder: Any, root: pathlib.Path, manual: pathlib.Path) -> None:
 def _alone(root: pathlib.Path, name: str) -> Iterator[None]:
     """Holds a lock that the kernel releases when this process ends, in whatever way."""
     path = root / f".{name}.lock"
-    with path.open("a+") as file:
+    try:
+        opened = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"--data_dir={root}: cannot be written to: {error}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

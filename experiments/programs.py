@@ -264,9 +264,12 @@ def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> 
 def _steps_per_call(config: Config, dataset: data.Data) -> int:
     if not isinstance(dataset, data.DeviceData):
         return 1
-    if config.steps_per_call == 0:
-        return 1 if jax.default_backend() == "cpu" else config.log_every
-    return config.steps_per_call
+    if config.steps_per_call:
+        return config.steps_per_call
+    # Enough to hide the host's part, and few enough that what is left over at the end of an epoch
+    # or before a line of the log is short; those steps are taken one by one.
+    on_accelerator = min(10, config.log_every, dataset.steps_per_epoch)
+    return 1 if jax.default_backend() == "cpu" else on_accelerator
 
 
 def _compile_fast(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,17 @@ import jax.numpy as jnp
 from experiments import data
 from experiments.data import on_device
 from experiments.programs import MethodPrograms, State
+
+_IN_FLIGHT = 4
+
+
+def bound_in_flight(results: Sequence[Any]) -> None:
+    """Waits until no more than a few of the calls that gave `results`, in order, are unfinished.
+
+    Calls return before the device has run them, and each holds its batch in the device's memory.
+    """
+    if len(results) >= _IN_FLIGHT:
+        jax.block_until_ready(results[-_IN_FLIGHT])  # type: ignore[no-untyped-call]
 
 
 class Stepper:
@@ -48,20 +59,24 @@ class Stepper:
           The state after them, and the metrics of all steps in order, each an array of one
           element or of one per step of a compiled loop.
         """
-        if self._programs.steps is not None and count == self._programs.steps_per_call:
-            state, measured = self._loop(state, count)
-            return state, [measured]
-        if self._batches is None:
-            self._batches = self._data.train_batches(self._seed, self._step)
         metrics = []
+        while self._programs.steps is not None and count >= self._programs.steps_per_call:
+            state, measured = self._loop(state)
+            metrics.append(measured)
+            bound_in_flight(metrics)
+            count -= self._programs.steps_per_call
+        if count and self._batches is None:
+            self._batches = self._data.train_batches(self._seed, self._step)
         for _ in range(count):
+            assert self._batches is not None
             self._last = next(self._batches)
             state, measured = self._programs.step(state, *self._last)
             metrics.append(measured)
-        self._step += count
+            bound_in_flight(metrics)
+            self._step += 1
         return state, metrics
 
-    def _loop(self, state: State, count: int) -> tuple[State, dict[str, jax.Array]]:
+    def _loop(self, state: State) -> tuple[State, dict[str, jax.Array]]:
         dataset = self._data
         assert isinstance(dataset, data.DeviceData)
         assert self._programs.steps is not None
@@ -69,18 +84,16 @@ class Stepper:
         epoch, index = divmod(self._step, dataset.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, on_device.epoch_order(self._seed, epoch, len(split.labels))
-        order = self._order[1]
         scalars = (jnp.int32(value) for value in (self._seed, epoch, index))
-        state, measured = self._programs.steps(state, split, order, *scalars)
-        last = index + count - 1
-        self._last = dataset.take_batch(split, order, self._seed, epoch, last)
-        self._batches = None
-        self._step += count
+        state, measured = self._programs.steps(state, split, self._order[1], *scalars)
+        self._batches = self._last = None
+        self._step += self._programs.steps_per_call
         return state, measured
 
     def last_batch(self) -> data.Split:
-        """Images and labels of the last step."""
-        assert self._last is not None, "no step has been taken"
+        """Images and labels of the last step; there must have been one."""
+        if self._last is None:  # it was a loop's
+            self._last = next(self._data.train_batches(self._seed, self._step - 1))
         return self._last
 
     def close(self) -> None:

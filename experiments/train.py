@@ -7,6 +7,7 @@ again with the same config and folder, it goes on with the first run that is not
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -26,7 +27,7 @@ from experiments import build, command_line, data, metrics, report, workdir
 from experiments.config import Config, ConfigError
 from experiments.programs import MethodPrograms, ModelPrograms, State, compile_method, compile_model
 from experiments.progress import Progress
-from experiments.stepping import Stepper
+from experiments.stepping import Stepper, bound_in_flight
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -165,29 +166,32 @@ def _mean_of_finite(
     pending: list[dict[str, jax.Array]], step: int, run: str, config: Config
 ) -> dict[str, float]:
     """Means over the steps up to `step`; raises DivergedError where a loss is not finite."""
-    fetched = {
-        name: np.concatenate([np.atleast_1d(values[name]) for values in jax.device_get(pending)])
-        for name in pending[0]
+    fetched = jax.device_get(pending)
+    columns = {
+        name: np.concatenate([np.atleast_1d(values[name]) for values in fetched])
+        for name in fetched[0]
     }
-    losses = fetched["loss"]
-    for index in np.flatnonzero(~np.isfinite(losses)):
+    losses = columns["loss"]
+    if not np.isfinite(losses).all():
+        index = np.argmin(np.isfinite(losses))  # the first one
         raise DivergedError(
             f"{run}: the loss is {losses[index]} at step {step - len(losses) + 1 + index}; a"
             f" smaller learning_rate than {config.learning_rate:g} or warmup_epochs may help"
         )
-    return {name: float(values.mean(dtype=np.float64)) for name, values in fetched.items()}
+    return {name: float(values.mean(dtype=np.float64)) for name, values in columns.items()}
 
 
 def _test(model: ModelPrograms, state: State, dataset: data.Data) -> dict[str, float]:
     """Accuracy and mean loss over all test examples, each counted once."""
-    sums = [
-        model.evaluate(state.params, state.batch_stats, batch) for batch in dataset.eval_batches()
-    ]
-    examples, correct, losses = zip(*jax.device_get(sums), strict=True)
-    return {
-        "test_accuracy": sum(map(int, correct)) / sum(map(int, examples)),
-        "test_loss": sum(map(float, losses)) / sum(map(int, examples)),
-    }
+    sums: list[tuple[jax.Array, ...]] = []
+    for batch in dataset.eval_batches():
+        sums.append(model.evaluate(state.params, state.batch_stats, batch))
+        bound_in_flight(sums)
+    columns = zip(*jax.device_get(sums), strict=True)
+    examples, correct, losses = (sum(map(float, column)) for column in columns)
+    if not examples:
+        raise data.DataError("there is no test image that can be decoded")
+    return {"test_accuracy": correct / examples, "test_loss": losses / examples}
 
 
 def _diagnostics(
@@ -235,7 +239,8 @@ def train_grid(config: Config, folder: pathlib.Path, console: Any = None) -> Non
       DataError: a file of the dataset is damaged.
       DivergedError: the loss of a run is not finite.
     """
-    dataset = data.load(config, console.print if console else print)
+    say = functools.partial(console.print, markup=False) if console else print
+    dataset = data.load(config, say)
     steps = total_steps(config, dataset)
     methods = {method: config.for_method(method) for method in config.methods()}
     for method_config in methods.values():  # what cannot work is said before anything is written
@@ -291,7 +296,10 @@ def _compile_methods(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 (diverged), 2 (wrong setting), 130 (Ctrl-C)."""
+    """The command; returns its exit code.
+
+    That is 0, 1 (diverged, or damaged data), 2 (wrong setting) or 130 (Ctrl-C).
+    """
     asked: command_line.CommandLine | None = None
     try:
         asked = command_line.parse(sys.argv[1:] if argv is None else argv)

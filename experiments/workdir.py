@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from experiments import metrics, report
 from experiments.config import SPECS, Config, ConfigError
 
-_MAY_CHANGE = ("data_dir", "loader_threads", "loader_processes")
-"""Fields that say where and how fast data is read, and change no result."""
+_MAY_CHANGE = ("data_dir", "loader_threads", "loader_processes", "max_corrupt")
+"""Fields that change no finished run: where and how fast data is read, what would have ended it."""
 
 
 def open_for(config: Config, folder: pathlib.Path) -> None:

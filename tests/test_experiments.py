@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparseopt_jax as sx
-from experiments import data, metrics, programs, report, train, workdir
+from experiments import data, metrics, programs, report, stepping, train, workdir
 from experiments.config import Config
 
 STEPS, SEEDS, METHODS = 25, 2, ("dense", "sgd", "sparseopt")
@@ -337,20 +337,25 @@ def test_other_settings_run(tmp_path):
     assert one.fan_in["after/dense0/kernel"].tolist() == [64] * 8
 
 
-def test_a_compiled_loop_of_steps_is_the_same_as_single_steps(tmp_path):
-    """Loops of four steps, the rest of an epoch one by one; the same batches and masks."""
+def test_a_compiled_loop_of_steps_is_the_same_as_single_steps(tmp_path, monkeypatch):
+    """Two loops of two steps a line; the odd step of an epoch alone; the same batches and masks."""
     looped = dataclasses.replace(
         CONFIG,
         compare=(),
         optimizer="sparseopt",
         log_every=4,
-        steps_per_call=4,
+        steps_per_call=2,
         augmentation="crop",
     )
     alone = dataclasses.replace(looped, steps_per_call=1)
-    runs = []
+    runs, loops, loop = [], [], stepping.Stepper._loop
+    monkeypatch.setattr(
+        stepping.Stepper, "_loop", lambda *arguments: loops.append(1) or loop(*arguments)
+    )
     for name, config in (("looped", looped), ("alone", alone)):
         assert run(tmp_path / name, config) == 0
+        # A seed has 11 + 11 + 3 steps: lines after 4, 8, the epoch's 11, 12, 16, 20, 22, 24, 25.
+        assert len(loops) == SEEDS * (2 + 2 + 1 + 0 + 2 + 2 + 1 + 1 + 0)
         runs.append(report.load_run(workdir.run_folder(tmp_path / name, "sparseopt", 1)))
     lines = [[line for line in one.metrics if line["kind"] == "train"] for one in runs]
     assert [line["step"] for line in lines[0]] == [4, 8, 12, 16, 20, 24, 25]

@@ -1,8 +1,13 @@
 """Datasets on the device: loading, the order of an epoch, crops and flips, evaluation."""
 
+import io
+import struct
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import data, programs
@@ -227,6 +232,31 @@ def test_images_that_cannot_be_decoded_are_left_out_up_to_max_corrupt():
     np.testing.assert_array_equal(labels, good % 10)
 
 
+def test_a_split_of_which_nothing_is_left_is_refused():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+    source = Pngs(images, broken=(0, 1))
+    with pytest.raises(DataError, match="split 'train' has no image"):
+        on_device.load_split(source, CorruptExamples(2, say=lambda line: None))
+
+
+def test_pngs_follow_the_rules_of_other_images():
+    """An orientation in EXIF is ignored; a header that asks for gigabytes is a corrupt image."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    source, buffer, exif = Pngs(images), io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    PIL.Image.fromarray(images[0]).save(buffer, "PNG", exif=exif)
+    source.encoded[0] = buffer.getvalue()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + source.encoded[1][24:29]
+    checksum = struct.pack(">I", zlib.crc32(header))
+    source.encoded[1] = source.encoded[1][:12] + header + checksum + source.encoded[1][33:]
+    said = []
+    found, labels = on_device.load_split(source, CorruptExamples(1, said.append))
+    np.testing.assert_array_equal(found, images[:1])
+    np.testing.assert_array_equal(labels, [0])
+    assert "record 1" in said[0]
+    assert "60000" in said[0]
+
+
 def test_an_image_of_another_shape_is_named():
     source = Pngs(np.zeros((3, 4, 4, 1), np.uint8))
     source.image_shape = (4, 5, 1)
@@ -239,7 +269,9 @@ def test_an_image_of_another_shape_is_named():
     [
         (Config(batch_size=2000), "batch_size=2000 must be at most 14"),
         (Config(num_classes=7), "num_classes=7 must be 10, the number of classes of digits"),
-        (Config(storage="stream"), "storage='stream' must be auto or device"),
+        (Config(storage="stream"), "storage='stream' must be 'auto' or 'device'"),
+        (Config(train_split="train[:9%]"), "train_split='train.*' must be 'train' for dataset=dig"),
+        (Config(label="coarse_label"), "label='coarse_label' must be 'label'"),
         (
             Config(augmentation="random_resized_crop"),
             "augmentation='random_resized_crop' must be auto, none, crop or crop_flip",

@@ -340,6 +340,30 @@ def test_a_damaged_record_inside_a_file(tmp_path):
         source.read(range(20))
 
 
+def test_a_file_of_something_else(tmp_path):
+    folder = store(tmp_path, {"test": [records(0, 2)]})
+    path = folder / "pictures-test.array_record-00000-of-00001"
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for _ in range(2):
+        writer.write(b"\xff no example")
+    writer.close()
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}, record 0: no example with"):
+        open_source("pictures", str(tmp_path))
+
+
+def test_an_alpha_channel_is_not_counted(tmp_path):
+    features = {"image": tfds.features.Image(shape=(8, 8, 4)), "label": CLASSES(num_classes=5)}
+    store(tmp_path, {"test": [records(0, 2)]}, **features)
+    assert open_source("pictures", str(tmp_path)).image_shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("data_dir", ["~no such user/data", "x" * 300])
+def test_a_folder_that_cannot_be(data_dir):
+    for dataset in ("folder", "pictures"):
+        with pytest.raises(ConfigError, match=r"data_dir=.*: not a folder that can be used"):
+            open_source(dataset, data_dir)
+
+
 def test_a_record_without_the_image(tmp_path):
     store(tmp_path, {"test": [[*records(0, 1), {"label": 1}]]})
     source = open_source("pictures", str(tmp_path))

@@ -110,10 +110,11 @@ def test_a_corrupt_image_ends_training_or_is_counted(tmp_path, capsys):
     assert "max_corrupt=0" in said
     assert not (tmp_path / "run/result.json").exists()
 
-    assert run(tmp_path / "other", dataclasses.replace(config, max_corrupt=1)) == 0
+    # The same folder goes on as the message says.
+    assert run(tmp_path / "run", dataclasses.replace(config, max_corrupt=1)) == 0
     assert f"(1 of at most 1): {paths[5]}" in capsys.readouterr().out.replace("\n", " ")
-    assert lines_of(tmp_path / "other", "train")[-1]["corrupt_examples"] == 1
-    (one,) = report.load_runs(tmp_path / "other")
+    assert lines_of(tmp_path / "run", "train")[-1]["corrupt_examples"] == 1
+    (one,) = report.load_runs(tmp_path / "run")
     assert one.result["corrupt_examples"] == 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from experiments.data.errors import CorruptImageError
 from experiments.data.sources import Source
@@ -25,19 +25,22 @@ class CorruptExamples:
         """How many there are so far."""
         return len(self._names)
 
-    def report(self, source: Source, indices: Iterable[int]) -> None:
-        """Takes note of examples; raises CorruptImageError where they are more than allowed."""
-        for index in indices:
-            name = source.name(int(index))
-            if name in self._names:
-                continue
-            self._names.add(name)
-            if len(self) > self._allowed:
-                raise CorruptImageError(
-                    f"{name}: the image cannot be decoded, and max_corrupt={self._allowed}"
-                    f" images may be left out; repair it, or raise max_corrupt"
-                )
-            self._say(
-                f"left out, since it cannot be decoded ({len(self)} of at most {self._allowed}):"
-                f" {name}"
+    def report(self, source: Source, index: int, reason: str) -> None:
+        """Takes note of an example and what is wrong with it.
+
+        Raises:
+          CorruptImageError: there are more than allowed.
+        """
+        name = source.name(index)
+        if name in self._names:
+            return
+        self._names.add(name)
+        if len(self) > self._allowed:
+            raise CorruptImageError(
+                f"{name}: the image cannot be decoded ({reason}), and max_corrupt={self._allowed}"
+                " images may be left out; repair it, or raise max_corrupt"
             )
+        self._say(
+            f"left out, since it cannot be decoded ({len(self)} of at most {self._allowed}):"
+            f" {name}: {reason}"
+        )

@@ -30,7 +30,9 @@ MAX_RATIO = 4 / 3
 """Random boxes cover from MIN_AREA to all of the image; the ratio of their sides is at most this.
 """
 
-# Warnings of libjpeg about bytes that no pixel depends on. Other pipelines never see them.
+# Warnings of libjpeg about bytes that no pixel depends on. Other pipelines never see them. It stops
+# at the first warning, so Pillow has to decode such a file, which sees an early end but no other
+# damage behind it.
 _HARMLESS = (
     "extraneous bytes before marker 0xd9",
     "unknown JFIF revision number",

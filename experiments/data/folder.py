@@ -11,6 +11,7 @@ import numpy as np
 from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
+from experiments.data.paths import local_folder
 from experiments.data.sources import Example
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -75,7 +76,7 @@ def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderS
     layout = "<split>/<class>/<image>, e.g. train/cat/1.jpg and val/cat/2.jpg"
     if not data_dir:
         raise ConfigError(f"data_dir is empty; dataset=folder needs a folder of {layout}")
-    root = pathlib.Path(data_dir).expanduser()
+    root = local_folder("data_dir", data_dir)
     if not root.is_dir():
         raise ConfigError(f"data_dir={data_dir}: no such folder; it must hold {layout}")
     splits = [entry.name for entry in _visible(root) if entry.is_dir()]

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
+from experiments.data.paths import local_folder
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 2051, 2049  # magic numbers: unsigned bytes in 3 dimensions, and in 1
@@ -43,7 +44,7 @@ def read_folder(
       ConfigError: a file is not there.
       DataError: a file does not hold what it should.
     """
-    folder = pathlib.Path(idx_dir).expanduser()
+    folder = local_folder("--idx_dir", idx_dir)
     if not folder.is_dir():
         raise ConfigError(f"--idx_dir={idx_dir}: no such folder")
     paths = {

@@ -16,7 +16,7 @@ from experiments.data.corrupt import CorruptExamples
 from experiments.data.on_device import EvalBatch, Split
 
 DEVICE_BYTES = 4 * 2**30
-"""Larger datasets are streamed unless `storage` says otherwise."""
+"""Larger datasets are streamed unless `storage` says otherwise; ImageNet is, CIFAR is not."""
 
 _WITHOUT_FLIP = ("digits", "mnist", "kmnist", "emnist")
 
@@ -108,7 +108,15 @@ class StreamedData:
         config: Config,
         corrupt: CorruptExamples,
     ) -> None:
-        """Keeps what it is given; opens no file."""
+        """Keeps what it is given; opens no file.
+
+        Raises:
+          ConfigError: there is more than one process.
+        """
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"{jax.process_count()} processes: `experiments.train` runs in one, on one device"
+            )
         self._train, self._test, self._config = train, test, config
         self.num_classes = train.num_classes
         self.image_shape = (config.image_size, config.image_size, 3)
@@ -127,8 +135,6 @@ class StreamedData:
             image_size=self._config.image_size,
             first_step=first_step,
             random_crop=self._random_crop,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
             workers=self._workers(),
             corrupt=self.corrupt,
         )
@@ -142,8 +148,6 @@ class StreamedData:
             self._test,
             batch_size=self._config.batch_size,
             image_size=self._config.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
             workers=self._workers(),
             corrupt=self.corrupt,
         )
@@ -171,8 +175,17 @@ def load(config: Config, say: Callable[[str], object] = print) -> DeviceData | S
     """
     corrupt = CorruptExamples(config.max_corrupt, say)
     if config.dataset == "digits":
-        if config.storage == "stream":
-            raise ConfigError("storage='stream' must be auto or device, since digits is embedded")
+        for name, allowed in (
+            ("storage", ("auto", "device")),
+            ("train_split", ("train",)),
+            ("test_split", ("", "test")),
+            ("label", ("label",)),
+        ):
+            if getattr(config, name) not in allowed:
+                raise ConfigError(
+                    f"{name}={getattr(config, name)!r} must be"
+                    f" {' or '.join(map(repr, allowed))} for dataset=digits, which is embedded"
+                )
         data: DeviceData | StreamedData = DeviceData(on_device.load_digits(), config, corrupt)
     else:
         data = _open(config, corrupt)

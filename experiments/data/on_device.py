@@ -7,6 +7,7 @@ arrays, which `jax.vmap` maps over seeds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -125,23 +126,23 @@ def load_split(source: Source, corrupt: CorruptExamples) -> tuple[np.ndarray, np
 
     Raises:
       CorruptImageError: more images cannot be decoded than are allowed.
-      DataError: an image's shape is another one than the dataset states.
+      DataError: an image's shape is another one than the dataset states, or none is left.
     """
     shape = tuple(size for size in source.image_shape if size is not None)
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     good = np.ones(len(source), bool)
 
-    def load(first: int) -> list[int]:
+    def load(first: int) -> list[tuple[int, str]]:
         indices = range(first, min(first + _READ_AT_ONCE, len(source)))
-        failed = []
+        failed: list[tuple[int, str]] = []
         for index, example in zip(indices, source.read(indices), strict=True):
             labels[index] = example.label
             try:
                 # All three channels of a grayscale image are the same.
                 image = _decode(example.encoded)[..., : images.shape[-1]]
-            except CorruptImageError:
-                failed.append(index)
+            except CorruptImageError as error:
+                failed.append((index, str(error)))
                 continue
             if image.shape != images.shape[1:]:
                 raise DataError(
@@ -153,17 +154,22 @@ def load_split(source: Source, corrupt: CorruptExamples) -> tuple[np.ndarray, np
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for failed in pool.map(load, range(0, len(source), _READ_AT_ONCE)):
-            corrupt.report(source, failed)
-            good[failed] = False
+            for index, reason in failed:
+                corrupt.report(source, index, reason)
+                good[index] = False
+    if not good.any():
+        raise DataError(f"split {source.split!r} has no image that can be decoded")
     return (images, labels) if good.all() else (images[good], labels[good])
 
 
 def _decode(encoded: bytes) -> np.ndarray:
     """As `decode.decode`; small PNGs, which many datasets consist of, in a fifth of the time."""
     if encoded.startswith(b"\x89PNG"):
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is not None:
-            return image
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        with contextlib.suppress(cv2.error):  # decode.decode says what is wrong
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+            if image is not None:
+                return image[..., ::-1]
     return decode.decode(encoded)
 
 

@@ -14,6 +14,7 @@ from tensorflow_datasets.core.utils import version as versions
 from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
+from experiments.data.paths import local_folder
 
 FORMAT = "array_record"
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -54,7 +55,7 @@ def find_folder(name: Name, data_dir: str) -> pathlib.Path:
             f" {prepare_command(name, 'DIR')}"
         )
     command = prepare_command(name, data_dir)
-    root = pathlib.Path(data_dir).expanduser()
+    root = local_folder("data_dir", data_dir)
     if not root.is_dir():
         raise ConfigError(f"data_dir={data_dir}: no such folder; to make it: {command}")
     base = root / str(name)
@@ -156,7 +157,11 @@ def dataset_and_root(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
 
 
 def image_feature(features: Any, dataset: str) -> tuple[str, tuple[int | None, int | None, int]]:
-    """Name and shape of the image; raises ConfigError where there is not exactly one."""
+    """Name and shape of the image, of whose channels an alpha channel is not counted.
+
+    Raises:
+      ConfigError: there is not exactly one image.
+    """
     images = _of_type(features, tfds.features.Image)
     key = "image" if "image" in images else next(iter(images), "")
     if not key or (len(images) > 1 and key != "image"):
@@ -170,7 +175,8 @@ def image_feature(features: Any, dataset: str) -> tuple[str, tuple[int | None, i
             f"{dataset}: {key!r} has shape {shape} and type {dtype}; only images of type uint8 and"
             " shape (height, width, channels) can be used"
         )
-    return key, shape
+    height, width, channels = shape
+    return key, (height, width, min(channels, 3))
 
 
 def class_labels(features: Any, dataset: str) -> dict[str, int]:

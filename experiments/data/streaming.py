@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -350,7 +351,7 @@ class _Reader:
         """Reports the damaged images of a chunk, and in an endless stream replaces them."""
         examples = len(self.source)
         for slot, index, error in chunk.failed:
-            self._report(index, error, corrupt)
+            corrupt.report(self.source, index, error)
             if self.end is not None:
                 continue
             for distance in range(1, examples):
@@ -362,16 +363,10 @@ class _Reader:
                     self._decode(chunk, slot, example, boxes[0], flips[0])
                     break
                 except CorruptImageError as damage:
-                    self._report(other, str(damage), corrupt)
+                    corrupt.report(self.source, other, str(damage))
             else:
                 split = self.source.split
                 raise CorruptImageError(f"no image of split {split!r} can be decoded: {error}")
-
-    def _report(self, index: int, error: str, corrupt: CorruptExamples) -> None:
-        try:
-            corrupt.report(self.source, [index])
-        except CorruptImageError as refusal:
-            raise CorruptImageError(f"{refusal} ({error})") from None
 
 
 def _start(*arguments: Any) -> Iterator[HostBatch]:
@@ -406,6 +401,13 @@ def _batches(
             else:  # also of one chunk, which would hold on to the memory shared with a process
                 parts = zip(*(chunk[:3] for chunk in chunks), strict=True)
                 yield HostBatch(*map(np.concatenate, parts))
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise DataError(
+            f"one of the {workers.processes} decoding processes was killed, perhaps for want of"
+            f" memory; fewer loader_processes take less ({error})"
+        ) from error
     finally:
         iterator.close()
 
@@ -426,8 +428,15 @@ def _schedule(
         # Grain reads absl flags of its own, which absl forbids before `app.run` has parsed any.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes))
+        options = grain.MultiprocessingOptions(num_workers=processes)
+        dataset = dataset.mp_prefetch(options, _ignore_interrupts)
     return dataset
+
+
+def _ignore_interrupts(index: int, count: int) -> None:
+    """Ctrl-C reaches workers too; the process that reads from them stops them."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check(source: Source, image_size: int) -> None:

@@ -132,14 +132,8 @@ class TfdsSource:
             raise DataError(f"{self._name(number, records[0])}: cannot be read: {error}") from error
 
     def _parse(self, content: bytes, number: int, record: int) -> Example:
-        image, label = self._keys
-        try:
-            feature = tf_example_pb2.Example.FromString(content).features.feature
-            encoded, value = feature[image].bytes_list.value[0], feature[label].int64_list.value[0]
-        except (DecodeError, IndexError) as error:
-            raise DataError(
-                f"{self._name(number, record)}: no example with {image!r} and {label!r}: {error}"
-            ) from error
+        """As `_parse_unchecked`; raises DataError where the label is none of the classes."""
+        label, (encoded, value) = self._keys[1], self._parse_unchecked(content, number, record)
         if not 0 <= value < self.num_classes:
             raise DataError(
                 f"{self._name(number, record)}: {label!r} is {value}; it must be from 0 to"
@@ -147,12 +141,24 @@ class TfdsSource:
             )
         return Example(encoded, value)
 
+    def _parse_unchecked(self, content: bytes, number: int, record: int) -> tuple[bytes, int]:
+        """Image and label of a record; raises DataError where it has none."""
+        image, label = self._keys
+        try:
+            feature = tf_example_pb2.Example.FromString(content).features.feature
+            return feature[image].bytes_list.value[0], feature[label].int64_list.value[0]
+        except (DecodeError, IndexError) as error:
+            raise DataError(
+                f"{self._name(number, record)}: no example with {image!r} and {label!r}: {error}"
+            ) from error
+
     def has_labels(self) -> bool:
         """Whether any of the first examples has one; without them a split is published as -1."""
         shard = self._shards[0]
-        contents = self._read_records(0, range(shard.first, shard.first + min(shard.size, 16)))
-        parsed = (tf_example_pb2.Example.FromString(c).features.feature for c in contents)
-        return any(value >= 0 for f in parsed for value in f[self._keys[1]].int64_list.value)
+        records = range(shard.first, shard.first + min(shard.size, 16))
+        contents = self._read_records(0, records)
+        pairs = zip(records, contents, strict=True)
+        return any(self._parse_unchecked(content, 0, record)[1] >= 0 for record, content in pairs)
 
 
 def _open_reader(path: str) -> Any:
