@@ -17,6 +17,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tarfile
 import threading
@@ -316,6 +317,9 @@ def _build(builder: Any, root: pathlib.Path, manual: pathlib.Path) -> None:
                 _progress(builder.name, downloads, folder.parent),
             ):
                 builder.download_and_prepare(download_config=config, file_format="array_record")
+        except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # it has arrived; now nothing may stop this:
+            raise
         finally:
             _remove_unfinished(folder.parent, downloads)
 
@@ -349,7 +353,9 @@ def _remove_unfinished(folder: pathlib.Path, downloads: pathlib.Path, say: Any =
     """Removes partial records, downloads and unpacked archives; complete ones are kept."""
     found = [*folder.glob("incomplete.*"), *(downloads / "extracted").glob("incomplete.*")]
     partial = re.compile(r"\.tmp\.[0-9a-f]{32}$")
-    found += [p for p in downloads.glob("**/*.tmp.*") if partial.search(p.name)]
+    # Not by a recursive glob, which fails where a download's thread removes a folder meanwhile.
+    for parent, folders, _ in os.walk(downloads):
+        found += [pathlib.Path(parent, name) for name in folders if partial.search(name)]
     for path in found:
         if say:
             say(f"removing what an interrupted run left: {path}")
@@ -401,6 +407,12 @@ def _gigabytes(size: float) -> str:
     return f"{size / 2**30:.2f} GB"
 
 
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Raises KeyboardInterrupt now, and again soon: some libraries swallow one now and then."""
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 (data, network), 2 (wrong setting), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -414,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         command = shlex.join(["python", "-m", "experiments.prepare", *words])
         print(f"\ninterrupted; to continue: {command}", file=sys.stderr)
         return INTERRUPTED
@@ -426,7 +439,10 @@ if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # every retry would be a line
     absl_logging.set_verbosity(absl_logging.FATAL)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, _interrupt)
     exit_code = main()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     sys.stdout.flush()
     sys.stderr.flush()
     # Downloads run in threads that cannot be stopped, and the interpreter would wait for them.
