@@ -6,7 +6,9 @@
 Where there is no network, Debian's package dataset-fashion-mnist has the files, and `prepare` takes
 them with --idx_dir=/usr/share/datasets/fashion-mnist. 60,000 images of 28x28 pixels to train on,
 padded by 4, cropped and mirrored at random, and 10,000 to test on; ERK, RigL with an update every
-100 steps until three quarters of the run. One epoch shows that it all works, not which is better.
+100 steps until three quarters of the run. On two cores an epoch takes a little over three minutes.
+Test accuracy after it, one seed: SGD 79.85 %, SparseOpt 79.19 %. That shows that all of it works on
+real images, not which method is better.
 """
 
 from experiments.config import Config
