@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.config import ConfigError
-from experiments.data import decode, streaming
+from experiments.data import chunks, decode, streaming
 from experiments.data.errors import DataError
 from tests.image_sources import (
     SIZE,
@@ -41,17 +41,16 @@ def test_every_example_is_seen_once_an_epoch(process_count):
 @given(examples=st.integers(1, 200), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 2**60))
 def test_order_is_a_permutation_given_by_seed_and_epoch(examples, seed, epoch):
     order = [
-        streaming.example_index(examples, seed, epoch * examples + place)
-        for place in range(examples)
+        chunks.example_index(examples, seed, epoch * examples + place) for place in range(examples)
     ]
     assert sorted(order) == list(range(examples))
-    streaming._epoch_order.cache_clear()
-    np.testing.assert_array_equal(streaming.epoch_order(examples, seed, epoch), order)
+    chunks._epoch_order.cache_clear()
+    np.testing.assert_array_equal(chunks.epoch_order(examples, seed, epoch), order)
 
 
 def test_orders_are_uniform_and_those_of_seeds_unrelated():
     orders = np.stack(
-        [streaming.epoch_order(10, seed, epoch) for seed in range(40) for epoch in range(100)]
+        [chunks.epoch_order(10, seed, epoch) for seed in range(40) for epoch in range(100)]
     )
     # By chance about two of the 4,000 are equal; were the epochs of a seed those of the one before
     # it, a step later, there would be only 139 different ones.
@@ -63,7 +62,7 @@ def test_orders_are_uniform_and_those_of_seeds_unrelated():
 
 def test_order_and_boxes_are_those_that_earlier_runs_had():
     """A change here would continue earlier runs with other data."""
-    np.testing.assert_array_equal(streaming.epoch_order(8, 1, 2), [5, 3, 6, 0, 1, 4, 2, 7])
+    np.testing.assert_array_equal(chunks.epoch_order(8, 1, 2), [5, 3, 6, 0, 1, 4, 2, 7])
     boxes, flips = decode.random_boxes(1, 2, [375, 375], [500, 500])
     np.testing.assert_array_equal(boxes, [[3, 20, 370, 463], [11, 117, 330, 276]])
     np.testing.assert_array_equal(flips, [True, False])
@@ -120,7 +119,7 @@ def test_boxes_and_flips_are_those_of_the_position():
     images = np.concatenate([batch.images for batch in batches])
     position = 0
     for epoch in range(3):
-        for index in streaming.epoch_order(23, 3, epoch):
+        for index in chunks.epoch_order(23, 3, epoch):
             if position == len(images):
                 break
             encoded = source.images[index]
@@ -159,7 +158,7 @@ def test_only_what_is_needed_is_read():
     assert source.reads == []
     next(batches)
     batches.close()
-    expected = {streaming.example_index(200, 3, 12_000 + place) for place in range(12)}
+    expected = {chunks.example_index(200, 3, 12_000 + place) for place in range(12)}
     assert expected <= set(source.reads)
     assert len(source.reads) <= 12 * 5  # two threads at work, two batches ready, one taken
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.config import ConfigError
-from experiments.data import streaming
+from experiments.data import chunks, streaming
 from experiments.data.corrupt import CorruptExamples
 from experiments.data.errors import CorruptImageError, DataError
 from tests.image_sources import (
@@ -73,7 +73,7 @@ def test_a_replaced_image_changes_no_other_one():
         list(train(MemorySource(images), corrupt=corrupt)),
     ]
     whole, replaced = (np.concatenate([batch.images for batch in part]) for part in batches)
-    positions = [p for p in range(72) if streaming.example_index(23, 3, p) == 7]
+    positions = [p for p in range(72) if chunks.example_index(23, 3, p) == 7]
     changed = (whole != replaced).any(axis=(1, 2, 3))
     np.testing.assert_array_equal(np.flatnonzero(changed), positions)
 
@@ -127,7 +127,7 @@ def test_threads_end_with_the_iterator(stop):
 def test_worker_processes_give_the_same_batches_and_errors():
     """One test for all of it, since each process takes seconds to start."""
     images = list(patterned())
-    order = [streaming.example_index(23, 3, position) for position in range(23)]
+    order = [chunks.example_index(23, 3, position) for position in range(23)]
     images[order[9]] = b"broken"
     lines = []
     expected = train(

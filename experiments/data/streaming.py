@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import os
 import signal
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,10 +26,10 @@ import numpy.typing as npt
 from absl import flags
 
 from experiments.config import ConfigError
-from experiments.data import decode
+from experiments.data.chunks import Chunk, ChunkReader
 from experiments.data.corrupt import CorruptExamples
-from experiments.data.errors import CorruptImageError, DataError
-from experiments.data.sources import Example, Source
+from experiments.data.errors import DataError
+from experiments.data.sources import Source
 
 EVAL_RATIO = 0.875
 """Side of the central square over the image's shorter side; 224 pixels of 256."""
@@ -124,7 +122,7 @@ def train_batches(
     part = _Part(batch_size, process_index, process_count, workers)
     _check(source, image_size)
     _check_at_least("first_step", first_step, 0)
-    reader = _Reader(source, image_size, seed, None if random_crop else EVAL_RATIO, None)
+    reader = ChunkReader(source, image_size, seed, None if random_crop else EVAL_RATIO, None)
     return _start(reader, part, first_step, last_step, workers, corrupt)
 
 
@@ -165,7 +163,7 @@ def eval_batches(
     _check(source, image_size)
     if not 0 < ratio <= 1:
         raise ConfigError(f"ratio={ratio} must be in (0, 1]")
-    reader = _Reader(source, image_size, 0, ratio, len(source))
+    reader = ChunkReader(source, image_size, 0, ratio, len(source))
     return _start(reader, part, 0, -(-len(source) // batch_size), workers, corrupt)
 
 
@@ -212,33 +210,6 @@ def _put(batch: HostBatch, sharding: Any) -> HostBatch:
     return HostBatch(*(put(sharding, array, (examples, *array.shape[1:])) for array in batch))
 
 
-def example_index(examples: int, seed: int, position: int) -> int:
-    """Which example a position of the stream stands for."""
-    epoch, place = divmod(position, examples)
-    return int(epoch_order(examples, seed, epoch)[place])
-
-
-_order_lock = threading.Lock()
-
-
-def epoch_order(examples: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
-    """The order of the examples in an epoch, a permutation given by seed and epoch alone.
-
-    It ranks Philox's raw numbers, which every version of NumPy has in common. Grain's own shuffle
-    would take 10 microseconds an image, 500 where images are few, while no other thread runs; and
-    epoch 1 of a seed would have the order of epoch 0 of the next seed.
-    """
-    with _order_lock:  # or all threads would work out the same order when an epoch begins
-        return _epoch_order(examples, seed, epoch)
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(examples: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
-    # The counter of `decode.random_boxes` stays below 2^192, so the two never share a number.
-    raw = np.random.Philox(key=seed, counter=(epoch + 1) << 192).random_raw(examples)
-    return np.argsort(raw, kind="stable").astype(np.uint32)
-
-
 class _Part:
     """Which positions of a global batch are this process's, and in what chunks it decodes them."""
 
@@ -270,105 +241,6 @@ class _Part:
         return range(first, first + self.chunk)
 
 
-class _Chunk(NamedTuple):
-    """Part of a batch; `failed` has slot, example and what is wrong for what is still missing."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32]
-    first: int
-    failed: list[tuple[int, int, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads and decodes the examples at some positions; can be pickled.
-
-    Attributes:
-      source: the examples.
-      image_size: height and width of the results.
-      seed: gives order, boxes and flips of an endless stream.
-      ratio: side of the central square over the image's shorter side; None takes random boxes.
-      end: None in an endless stream; else how many examples there are, in their own order, and
-        positions from there on are padding.
-    """
-
-    source: Source
-    image_size: int
-    seed: int
-    ratio: float | None
-    end: int | None
-
-    def __call__(self, positions: range) -> _Chunk:
-        """Decodes a chunk. A damaged image does not raise here: the consumer tells of it."""
-        number, size = len(positions), self.image_size
-        images = np.zeros((number, size, size, 3), np.uint8)
-        labels, weights = np.zeros(number, np.int32), np.zeros(number, np.float32)
-        chunk = _Chunk(images, labels, weights, positions.start, [])
-        if self.end is not None:
-            positions = range(positions.start, min(positions.stop, self.end))
-        if not positions:
-            return chunk
-        indices = list(positions)
-        if self.end is None:
-            indices = [example_index(len(self.source), self.seed, p) for p in positions]
-        examples = self.source.read(indices)
-        heights, widths = [1] * len(indices), [1] * len(indices)
-        damaged = {}
-        for slot, example in enumerate(examples):
-            try:
-                heights[slot], widths[slot] = decode.image_size(example.encoded)
-            except CorruptImageError as error:
-                damaged[slot] = str(error)
-        boxes, flips = self._boxes(positions.start, heights, widths)
-        for slot, example in enumerate(examples):
-            if slot not in damaged:
-                try:
-                    self._decode(chunk, slot, example, boxes[slot], flips[slot])
-                except CorruptImageError as error:
-                    damaged[slot] = str(error)
-        chunk.failed.extend((slot, indices[slot], damaged[slot]) for slot in sorted(damaged))
-        return chunk
-
-    def _boxes(
-        self, first: int, heights: list[int], widths: list[int]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        if self.ratio is None:
-            return decode.random_boxes(self.seed, first, heights, widths)
-        sizes = zip(heights, widths, strict=True)
-        boxes = [decode.central_box(height, width, self.ratio) for height, width in sizes]
-        return np.array(boxes, np.int32), np.zeros(len(boxes), bool)
-
-    def _decode(
-        self, chunk: _Chunk, slot: int, example: Example, box: npt.NDArray[np.int32], flip: Any
-    ) -> None:
-        out = chunk.images[slot]
-        decode.decode_box(example.encoded, box, self.image_size, flip=bool(flip), out=out)
-        chunk.labels[slot] = example.label
-        chunk.weights[slot] = 1
-
-    def complete(self, chunk: _Chunk, corrupt: CorruptExamples) -> None:
-        """Reports the damaged images of a chunk, and in an endless stream replaces them."""
-        examples = len(self.source)
-        for slot, index, error in chunk.failed:
-            corrupt.report(self.source, index, error)
-            if self.end is not None:
-                continue
-            for distance in range(1, examples):
-                other = (index + distance) % examples
-                (example,) = self.source.read([other])
-                try:
-                    height, width = decode.image_size(example.encoded)
-                    boxes, flips = self._boxes(chunk.first + slot, [height], [width])
-                    self._decode(chunk, slot, example, boxes[0], flips[0])
-                    break
-                except CorruptImageError as damage:
-                    corrupt.report(self.source, other, str(damage))
-            else:
-                split = self.source.split
-                raise CorruptImageError(f"no image of split {split!r} can be decoded: {error}")
-
-
 def _start(*arguments: Any) -> Iterator[HostBatch]:
     batches = _batches(*arguments)
     # One still open when Python exits would be closed after the modules that Grain needs for it.
@@ -381,7 +253,7 @@ def _close(batches: Any) -> None:
 
 
 def _batches(
-    reader: _Reader,
+    reader: ChunkReader,
     part: _Part,
     first_step: int,
     last_step: int | None,
@@ -413,8 +285,8 @@ def _batches(
 
 
 def _schedule(
-    reader: _Reader, part: _Part, first: int, last: int, workers: Workers
-) -> grain.IterDataset[_Chunk]:
+    reader: ChunkReader, part: _Part, first: int, last: int, workers: Workers
+) -> grain.IterDataset[Chunk]:
     """The chunks from `first` up to `last`: those at work, and about a batch that is ready."""
     threads, processes = workers.threads_each(), workers.processes
     ready = -(-part.chunks_per_step // max(1, processes))
