@@ -26,7 +26,8 @@ class MLP(nn.Module):
     Call it with ``x``, an array of shape ``(batch, ...)`` whose other axes are flattened, and
     ``train``, a Python bool: with ``norm="batch"``, whether to normalise by the statistics of the
     batch and to update ``batch_stats``, which must then be mutable. The result is a float32 array
-    of logits of shape ``(batch, num_classes)``. An ``x`` of rank below 2 raises ValueError.
+    of logits of shape ``(batch, num_classes)``. An ``x`` of rank below 2 raises ValueError, and so
+    does a training batch that ``bn_groups`` does not divide.
 
     Attributes:
       features: number of units of each hidden layer; empty for a linear classifier.
@@ -36,11 +37,14 @@ class MLP(nn.Module):
         the head are computed in float32 always.
       param_dtype: dtype of the parameters, one of the same three.
       kernel_init: initializer of all kernels, the head's included; He-normal by default.
+      bn_groups: with ``norm="batch"``, number of parts of a training batch that are each normalised
+        by their own statistics; see `ResNet`.
 
     Raises:
-      TypeError: ``features`` or ``num_classes`` are not integers, or ``kernel_init`` is not
-        callable.
-      ValueError: one of them is below 1, or ``norm`` or a dtype is not one of those above.
+      TypeError: ``features``, ``num_classes`` or ``bn_groups`` are not integers, or
+        ``kernel_init`` is not callable.
+      ValueError: one of them is below 1, ``norm`` or a dtype is not one of those above, or
+        ``bn_groups`` is not 1 without batch normalisation.
 
     Example:
       >>> import jax
@@ -62,6 +66,7 @@ class MLP(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = layers.he_normal
+    bn_groups: int = 1
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -70,6 +75,12 @@ class MLP(nn.Module):
         for i, units in enumerate(self.features):
             layers.check_positive(f"features[{i}]", units)
         layers.check_choice("norm", self.norm, _NORMS)
+        layers.check_positive("bn_groups", self.bn_groups)
+        if self.bn_groups > 1 and self.norm != "batch":
+            raise ValueError(
+                f"bn_groups must be 1 where norm is not 'batch'; got bn_groups={self.bn_groups}"
+                f" and norm={self.norm!r}"
+            )
         layers.check_common(self.num_classes, self.dtype, self.param_dtype, self.kernel_init)
         self.features = tuple(self.features)  # a list would make the module unhashable
         super().__post_init__()
@@ -90,7 +101,9 @@ class MLP(nn.Module):
                 **dtypes,
             )(x)
             if self.norm == "batch":
-                x = layers.batch_norm(x, train=train, name=f"norm{i}", **dtypes)
+                x = layers.batch_norm(
+                    x, train=train, name=f"norm{i}", groups=self.bn_groups, **dtypes
+                )
             elif self.norm == "layer":
                 x = layers.layer_norm(x, name=f"norm{i}", **dtypes)
             x = nn.relu(x)

@@ -50,6 +50,7 @@ class ResidualBlock(nn.Module):
       dtype: see `ResNet`.
       param_dtype: see `ResNet`.
       kernel_init: see `ResNet`.
+      bn_groups: see `ResNet`.
     """
 
     channels: int
@@ -60,11 +61,17 @@ class ResidualBlock(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = layers.he_normal
+    bn_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps (batch, h, w, c) to (batch, ceil(h / stride), ceil(w / stride), c_out)."""
-        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        options: dict[str, Any] = {
+            "train": train,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "groups": self.bn_groups,
+        }
         if self.bottleneck:
             c_out = _EXPANSION * self.channels
             convs = [(self.channels, 1, 1), (self.channels, 3, self.stride), (c_out, 1, 1)]
@@ -77,7 +84,7 @@ class ResidualBlock(nn.Module):
             last = i == len(convs)
             y = _conv(self, channels, kernel, stride, f"conv{i}")(y)
             zero_scale = last and self.zero_init_residual
-            y = layers.batch_norm(y, train=train, name=f"bn{i}", zero_scale=zero_scale, **dtypes)
+            y = layers.batch_norm(y, name=f"bn{i}", zero_scale=zero_scale, **options)
             if not last:
                 y = nn.relu(y)
 
@@ -87,7 +94,7 @@ class ResidualBlock(nn.Module):
             else:
                 kernel = 3 if self.shortcut == "conv3x3" else 1
                 x = _conv(self, c_out, kernel, self.stride, "conv_shortcut")(x)
-                x = layers.batch_norm(x, train=train, name="bn_shortcut", **dtypes)
+                x = layers.batch_norm(x, name="bn_shortcut", **options)
         return nn.relu(x + y)
 
 
@@ -113,7 +120,8 @@ class ResNet(nn.Module):
     Call it with ``x``, an array of shape ``(batch, height, width, channels)``, and ``train``, a
     Python bool: whether to normalise by the statistics of the batch and to update ``batch_stats``,
     which must then be mutable. The result is a float32 array of logits of shape
-    ``(batch, num_classes)``. An ``x`` of another rank raises ValueError.
+    ``(batch, num_classes)``. An ``x`` of another rank raises ValueError, and so does a training
+    batch that ``bn_groups`` does not divide.
 
     Attributes:
       stage_sizes: number of blocks of each stage.
@@ -133,6 +141,14 @@ class ResNet(nn.Module):
         head are computed in float32 always.
       param_dtype: dtype of the parameters, one of the same three.
       kernel_init: initializer of all kernels, the head's included; He-normal by default.
+      bn_groups: in training, batch normalisation cuts the batch into this many parts of consecutive
+        examples and normalises each by its own mean and variance; running statistics move towards
+        the means of these over the parts. It must divide the batch. 1 takes the whole batch
+        together, however it is sharded. With as many parts as devices that share the batch, each
+        device normalises its own examples: no pass over the network waits for statistics of other
+        devices. One device computes the same with that many, so that a result published with
+        statistics of each device can be reproduced on any mesh. The variables and evaluation are
+        the same for all values.
 
     Raises:
       TypeError: a number is not an integer, or ``kernel_init`` is not callable.
@@ -168,6 +184,7 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = layers.he_normal
+    bn_groups: int = 1
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -179,6 +196,7 @@ class ResNet(nn.Module):
             layers.check_positive(f"stage_sizes[{i}]", size)
         layers.check_positive("base_channels", self.base_channels)
         layers.check_positive("width", self.width)
+        layers.check_positive("bn_groups", self.bn_groups)
         layers.check_choice("stem", self.stem, _STEMS)
         layers.check_choice("shortcut", self.shortcut, _SHORTCUTS)
         layers.check_common(self.num_classes, self.dtype, self.param_dtype, self.kernel_init)
@@ -196,7 +214,12 @@ class ResNet(nn.Module):
         x = _conv(self, channels, 7 if large else 3, 2 if large else 1, "conv_stem")(x)
         x = nn.relu(
             layers.batch_norm(
-                x, train=train, name="bn_stem", dtype=self.dtype, param_dtype=self.param_dtype
+                x,
+                train=train,
+                name="bn_stem",
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                groups=self.bn_groups,
             )
         )
         if large:
@@ -213,6 +236,7 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     param_dtype=self.param_dtype,
                     kernel_init=self.kernel_init,
+                    bn_groups=self.bn_groups,
                     name=f"stage{stage + 1}_block{block}",
                 )(x, train)
         x = x.astype(jnp.float32).mean((1, 2))
@@ -247,7 +271,8 @@ def SmallResNet(
       shortcut: ``"conv3x3"``, ``"conv1x1"`` or ``"identity"``; see `ResNet`. He et al. take the
         identity; the usual ResNet-20 of sparse training takes a convolution.
       base_channels: channels of the first stage at width 1.
-      **options: ``zero_init_residual``, ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+      **options: ``zero_init_residual``, ``dtype``, ``param_dtype``, ``kernel_init`` and
+        ``bn_groups`` of `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
@@ -318,7 +343,7 @@ def ResNet18(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
       num_classes: number of logits.
       width: multiplies the channels of all convolutions.
       **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
-        ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+        ``dtype``, ``param_dtype``, ``kernel_init`` and ``bn_groups`` of `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
@@ -349,7 +374,7 @@ def ResNet50(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
       num_classes: number of logits.
       width: multiplies the channels of all convolutions.
       **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
-        ``dtype``, ``param_dtype`` and ``kernel_init`` of `ResNet`.
+        ``dtype``, ``param_dtype``, ``kernel_init`` and ``bn_groups`` of `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
