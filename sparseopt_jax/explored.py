@@ -1,7 +1,8 @@
 """The explored set: which weights have been active at any time, one bit a weight.
 
-Eight neighbours along one axis share a byte. The axis is one that needs little padding, and the
-others keep their size, so that the bits can be sharded as their parameter is.
+Eight neighbours along one axis share a byte. The axis is one that is seldom sharded, and the others
+keep their size, so that the bits can be sharded as their parameter is. A layer that has no other
+axis with a multiple of eight, such as a first convolution, takes up to three bits a weight.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ Array: TypeAlias = jax.Array
 
 
 def packed_axis(shape: tuple[int, ...]) -> int:
-    """The axis that is packed: the least padding; of those the longest, of those the last."""
+    """The axis that is packed: the least padding; of those the shortest, of those the first.
 
-    def padding(axis: int) -> float:
-        return -(-shape[axis] // 8) * 8 / shape[axis]
+    The longest axis, of those the last, is the one to shard. It is packed only where all others are
+    shorter than 3: bytes whose bits are on two devices would need communication.
+    """
+    longest = max(range(len(shape)), key=lambda axis: (shape[axis], axis))
 
-    return min(range(len(shape)), key=lambda axis: (padding(axis), -shape[axis], -axis))
+    def cost(axis: int) -> tuple[bool, bool, float, int, int]:
+        padding = -(-shape[axis] // 8) * 8 / shape[axis]
+        return shape[axis] < 3, axis == longest, padding, shape[axis], axis
+
+    return min(range(len(shape)), key=cost)
 
 
 def pack(mask: Array) -> Array:
@@ -33,6 +40,9 @@ def pack(mask: Array) -> Array:
     shape[axis] = -(-shape[axis] // 8)
 
     def packed(mask: Array) -> Array:
+        # Fused with what computes a mask, the reduction in packbits makes the TPU's compiler abort
+        # (libtpu 0.0.42, "Cannot find a valid window"), so the mask is computed first.
+        mask = lax.optimization_barrier(mask)  # type: ignore[no-untyped-call]
         return jnp.packbits(mask, axis=axis, bitorder="little")
 
     result = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8)  # type: ignore[no-untyped-call]

@@ -113,9 +113,9 @@ def test_what_is_kept_per_weight_is_sharded_as_its_weight(mode):
         shardings.acc_grads,
     ):
         assert specs(tree) == full
-    # Fan-in has a size of 1 on the incoming axis; 16 rows packed to 2 bytes do not divide by 4.
+    # Fan-in has a size of 1 on the incoming axis; 8 columns packed to a byte do not divide by 2.
     assert specs(sparse.fan_in) == {"wide": (None, "fsdp"), "tall": (None, "fsdp")}
-    assert specs(sparse.explored) == {"wide": (None, "fsdp"), "tall": (None, "fsdp")}
+    assert specs(sparse.explored) == {"wide": ("data", None), "tall": (None, None)}
     for scalar in (sparse.step, sparse.key, shardings.mini_step):
         assert scalar.is_fully_replicated
 

@@ -1,0 +1,145 @@
+"""What a compiled program communicates: its collectives, read from its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+# `%main.5 (x: f32[8]) -> f32[8] {`. What is in a computation is indented.
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+)\b.*\{\s*$")
+# `%name = type opcode(operands), attributes`. A tuple's type has parentheses of its own, in
+# layouts such as T(8,128) and around tuples in it; only after the last one comes an opcode.
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][\w-]*)\(")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation"
+    r"|called_computations|condition)=(\{[^{}]*\}|%?[\w.-]+)"
+)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The operations of one kind.
+
+    Attributes:
+      count: how many there are.
+      bytes: the size of their results on one device.
+    """
+
+    count: int
+    bytes: int
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """The collectives of a compiled program, by kind.
+
+    An asynchronous pair (`all-gather-start`, `all-gather-done`) is one operation. A loop's body
+    counts as often as the loop runs where the text says so (`known_trip_count`, which CPUs and GPUs
+    write and TPUs do not), and otherwise once: a loop that ends on a condition, as the search of
+    a topology update does, moves its bytes on every pass. Of a conditional all branches count.
+
+    Args:
+      text: `compiled.as_text()`, of `jax.jit(f).lower(...).compile()`, for CPUs, GPUs or TPUs.
+
+    Returns:
+      For each kind of `KINDS` that the program has, how many operations there are and how many
+      bytes their results take on one device; arrays of a tuple are summed.
+
+    Raises:
+      ValueError: the text is no compiled program: it has not exactly one entry computation.
+    """
+    operations, calls, entries = _parse(text)
+    if len(entries) != 1:
+        raise ValueError(
+            f"text has {len(entries)} entry computations and must have 1: give what "
+            "jax.jit(f).lower(...).compile().as_text() returns, not the text of the lowered program"
+        )
+    runs = _runs(entries[0], calls)
+    found: dict[str, Collective] = {}
+    for kind in KINDS:
+        counts = [(runs[name], size) for name, own, size in operations if own == kind]
+        if any(times for times, _ in counts):
+            found[kind] = Collective(
+                sum(times for times, _ in counts), sum(times * size for times, size in counts)
+            )
+    return found
+
+
+def _parse(
+    text: str,
+) -> tuple[list[tuple[str, str, int]], dict[str, Counter[str]], list[str]]:
+    """Collectives as (computation, kind, bytes); calls by computation; names of the entries."""
+    operations: list[tuple[str, str, int]] = []
+    calls: dict[str, Counter[str]] = {}
+    entries: list[str] = []
+    name = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            calls[name] = Counter()
+            if header[1]:
+                entries.append(name)
+        elif (operation := _OPERATION.match(line)) and name:
+            result, opcode = operation.groups()
+            # The start of a pair has its operands and its progress in its result as well.
+            kind = opcode.removesuffix("-done")
+            if kind in KINDS:
+                operations.append((name, kind, _size(result)))
+            calls[name].update(_called(line[operation.end() :], opcode))
+    return operations, calls, entries
+
+
+def _called(attributes: str, opcode: str) -> Counter[str]:
+    """The computations that an operation calls, and how often."""
+    times = 1
+    if opcode == "while" and (known := _TRIP_COUNT.search(attributes)):
+        times = int(known[1])
+    called: Counter[str] = Counter()
+    for names in _CALLED.findall(attributes):
+        called.update({name.strip().lstrip("%"): times for name in names.strip("{}").split(",")})
+    return called
+
+
+def _runs(entry: str, calls: dict[str, Counter[str]]) -> Counter[str]:
+    """How often each computation runs; calls never form a circle."""
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(name: str) -> None:
+        seen.add(name)
+        for called in calls.get(name, ()):
+            if called not in seen:
+                visit(called)
+        order.append(name)
+
+    visit(entry)
+    runs = Counter({entry: 1})
+    for name in reversed(order):
+        for called, times in calls.get(name, Counter[str]()).items():
+            runs[called] += runs[name] * times
+    return runs
+
+
+def _size(result: str) -> int:
+    """Bytes of a type's arrays. Elements of fewer than 8 bits lie side by side."""
+    size = 0
+    for dtype, digits, shape in _ARRAY.findall(result):
+        # The name says how many bits an element has; a token and the like have none.
+        bits = 8 if dtype == "pred" else int(digits or 0)
+        # `<=16` is a dimension that is only bounded.
+        elements = math.prod(int(n.strip().lstrip("<=")) for n in shape.split(",") if n.strip())
+        size += -(-bits * elements // 8)
+    return size
