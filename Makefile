@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(VENV)/.installed-experiments
 CHECK  := $(VENV)/.installed-test
+# The TPU compiler that this jax asks for, as its extra `tpu` has it, e.g. libtpu==0.0.42.*
+LIBTPU := $(BIN)/python -c 'import importlib.metadata as m; \
+  print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])'
 # Test workers; more than the cores there are only makes compilation slower.
 JOBS   ?= auto
 
@@ -40,9 +43,12 @@ $(RUN): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	@touch $@
 
-# TensorFlow is among it: the tests prepare datasets, and the benchmark compares with tf.data.
+# TensorFlow is among it: the tests prepare datasets, and the benchmark compares with tf.data. The
+# TPU compiler goes into a folder of its own: where jax finds it, it looks for a TPU at every start.
 $(CHECK): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments,prepare,test]'
+	case "$$(uname -sm)" in "Linux x86_64") $(BIN)/python -m pip install --quiet --no-deps \
+	  --upgrade --target $(VENV)/tpu "$$($(LIBTPU))";; esac
 	@touch $@ $(RUN)
 
 clean:

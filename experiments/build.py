@@ -14,9 +14,12 @@ from sparseopt_jax import models
 
 def make_model(config: Config, num_classes: int) -> Any:
     """The Flax module that `config.model` names."""
+    options: dict[str, Any] = {
+        "num_classes": num_classes, "dtype": config.dtype, "bn_groups": config.bn_groups
+    }  # fmt: skip
     if config.model == "mlp":
-        return models.MLP(features=(config.hidden, config.hidden), num_classes=num_classes)
-    options: dict[str, Any] = {"num_classes": num_classes, "width": config.width}
+        return models.MLP(features=(config.hidden, config.hidden), **options)
+    options["width"] = config.width
     if config.base_channels:
         options["base_channels"] = config.base_channels
     if config.model in ("resnet18", "resnet50"):

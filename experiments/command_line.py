@@ -35,8 +35,11 @@ class CommandLine:
     words: tuple[str, ...]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ConfigError where argparse would leave the program."""
+
     def error(self, message: str) -> NoReturn:
+        """Raises `message` as a ConfigError."""
         raise ConfigError(message)
 
 
@@ -72,8 +75,8 @@ def _files() -> list[pathlib.Path]:
     return [path for path in _CONFIGS.glob("*.py") if path.name != "__init__.py"]
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m experiments.train",
         description="Trains one experiment; started again with the same folder, it continues.",
         allow_abbrev=False,
@@ -82,11 +85,34 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>-<time>)"
     )
+    add_overrides(parser)
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config.FIELD=VALUE` for every field of a config."""
     fields = parser.add_argument_group("overrides")
     for name, spec in SPECS.items():
         text = f"{spec.help}: {spec.allowed()} (Config's default: {spec.default!r})"
         fields.add_argument(f"--config.{name}", metavar="VALUE", help=text.replace("%", "%%"))
-    return parser
+
+
+def overrides(given: argparse.Namespace) -> dict[str, Any]:
+    """The values of the overrides on a command line, by field; raises ConfigError."""
+    values: dict[str, Any] = {}
+    for name, text in override_texts(given).items():
+        try:
+            values[name] = SPECS[name].parse(text)
+        except ConfigError as error:
+            hint = closest(text, SPECS[name].choices)
+            raise ConfigError(f"--config.{error}.{hint}") from None
+    return values
+
+
+def override_texts(given: argparse.Namespace) -> dict[str, str]:
+    """The overrides as they were typed, by field."""
+    texts = {name: getattr(given, f"config.{name}") for name in SPECS}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -105,32 +131,22 @@ def parse(argv: Sequence[str]) -> CommandLine:
       >>> parse(["--config=experiments/configs/digits.py", "--config.seeds=1"]).config.seeds
       1
     """
-    parser = _parser()
-    given, unknown = parser.parse_known_args(list(argv))
+    given, unknown = _parser().parse_known_args(list(argv))
     if unknown:
-        raise ConfigError(_unknown_argument(unknown[0]))
+        raise ConfigError(unknown_argument(unknown[0], ("--config", "--workdir")))
     if given.config is None:
         raise ConfigError("--config is missing, e.g. --config=experiments/configs/digits.py")
     path = pathlib.Path(given.config)
-    config = load_config(path)
-    overrides: dict[str, Any] = {}
-    words = [f"--config={path}"]
-    for name, spec in SPECS.items():
-        text = getattr(given, f"config.{name}")
-        if text is not None:
-            words.append(f"--config.{name}={text}")
-            try:
-                overrides[name] = spec.parse(text)
-            except ConfigError as error:
-                hint = closest(text, spec.choices)
-                raise ConfigError(f"--config.{error}.{hint}") from None
-    config = dataclasses.replace(config, **overrides)
+    config = dataclasses.replace(load_config(path), **overrides(given))
+    texts = override_texts(given)
+    words = (f"--config={path}", *(f"--config.{name}={text}" for name, text in texts.items()))
     default = f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = pathlib.Path(given.workdir or default)
     return CommandLine(config, workdir, (*words, f"--workdir={workdir}"))
 
 
-def _unknown_argument(argument: str) -> str:
+def unknown_argument(argument: str, known: Sequence[str]) -> str:
+    """What to say of an argument that is none of `known` and no field of a config."""
     option = argument.split("=", 1)[0]
     if option.startswith("--config."):
         name = option.removeprefix("--config.")
@@ -139,6 +155,5 @@ def _unknown_argument(argument: str) -> str:
             if name
             else f"{argument}: name a field, e.g. --config.seeds=1\nFields: {', '.join(SPECS)}"
         )
-    known = ["--config", "--workdir", "--help"]
-    hint = closest(option, known)
-    return f"{argument}: no such argument.{hint}\nArguments: --config, --workdir, --config.FIELD"
+    hint = closest(option, [*known, "--help"])
+    return f"{argument}: no such argument.{hint}\nArguments: {', '.join(known)}, --config.FIELD"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 OptimizerName = Literal["sgd", "sparseopt", "ham", "sparseopt_ham"]
 MethodName = Literal["dense", "sgd", "sparseopt", "ham", "sparseopt_ham"]
+LoggerName = Literal["tensorboard", "wandb"]
 
 
 class ConfigError(ValueError):
@@ -109,6 +110,16 @@ class Config:
         Literal["he_normal", "sparse_he_normal"],
         "initial weights; sparse_he_normal has each neuron's variance account for its fan-in",
     ] = "he_normal"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        "precision that the model computes in; weights and statistics are float32 always",
+    ] = "float32"
+    bn_groups: Annotated[
+        int,
+        "groups of a batch with their own batch-normalisation statistics; the number of devices"
+        " gives the per-device statistics of many published results, on any mesh",
+        _POSITIVE,
+    ] = 1
 
     # Sparsity.
     sparsity: Annotated[
@@ -175,6 +186,10 @@ class Config:
     ] = ()
     eval_every: Annotated[int, "epochs between evaluations", _POSITIVE] = 1
     log_every: Annotated[int, "steps between lines in metrics.jsonl", _POSITIVE] = 10
+    loggers: Annotated[
+        tuple[LoggerName, ...],
+        "where the lines of metrics.jsonl go as well, e.g. tensorboard,wandb",
+    ] = ()
     diagnostics_every: Annotated[
         int,
         "epochs between measurements of fan-in and gradient skew; 0: never",
@@ -183,6 +198,27 @@ class Config:
     hessian_every: Annotated[
         int, "epochs between measurements of the Hessian's top eigenvalue; 0: never", Range(0)
     ] = 0
+    checkpoint_every: Annotated[
+        int,
+        "steps between checkpoints, besides the one at the end and the one when asked to stop;"
+        " 0: only those",
+        Range(0),
+    ] = 500
+    keep_last: Annotated[int, "checkpoints of a run to keep, from the newest on", _POSITIVE] = 2
+    keep_best: Annotated[
+        bool, "also write a checkpoint at an evaluation better than all before, and keep the best"
+    ] = True
+
+    # The devices.
+    mesh_data: Annotated[
+        int, "devices over which batches alone are shared out; -1: all that are left", Range(-1)
+    ] = -1
+    mesh_fsdp: Annotated[
+        int,
+        "devices over which parameters, masks and optimizer state are sharded (and batches shared"
+        " out too); -1: all that are left",
+        Range(-1),
+    ] = 1
 
     def __post_init__(self) -> None:
         """Checks every field, then what the fields mean together."""
@@ -190,8 +226,19 @@ class Config:
             object.__setattr__(self, name, spec.check(getattr(self, name)))
         if self.steps == 0:
             raise ConfigError("steps=0 trains nothing; it must be at least 1, or -1 for all")
-        if len(set(self.compare)) < len(self.compare):
-            raise ConfigError(f"compare={','.join(self.compare)} names a method twice")
+        for name in ("compare", "loggers"):
+            names = getattr(self, name)
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{name}={','.join(names)} names one of them twice")
+        for name in ("mesh_data", "mesh_fsdp"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name}=0 must be at least 1, or -1 for all devices left")
+        if self.mesh_data == self.mesh_fsdp == -1:
+            raise ConfigError("mesh_data=-1 and mesh_fsdp=-1: only one of them can take the rest")
+        if self.batch_size % self.bn_groups:
+            raise ConfigError(
+                f"bn_groups={self.bn_groups} must divide batch_size={self.batch_size}"
+            )
         if self.topology == "dense":
             sparse = [name for name in self.compare if name != "dense"]
             if sparse:

@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self
 
 import jax
 import numpy as np
@@ -35,8 +35,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_of(line: bytes, last_step: float) -> bool:
+    """Whether a line is JSON, and of a step up to `last_step`."""
+    try:
+        return bool(json.loads(line).get("step", 0) <= last_step)
+    except ValueError:
+        return False
+
+
 class JsonLines:
-    """A file of one JSON object a line, begun anew; every line is on disk once it is written.
+    """A file of one JSON object a line; whoever reads it sees a line once it is written.
 
     Example:
       >>> import tempfile
@@ -45,15 +53,38 @@ class JsonLines:
       ...         lines.write({"step": 10, "loss": 0.5})
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens `path` and drops what it held."""
+    def __init__(
+        self, path: str | os.PathLike[str], keep: int = 0, last_step: float = math.inf
+    ) -> None:
+        """Opens `path` and drops what it held beyond its first `keep` bytes.
+
+        Lines of a later step than `last_step` go too. There are some where the file was deleted,
+        and begun anew, after somebody noted how long it was.
+
+        Attributes:
+          missing: how many of those bytes, cut down to whole lines, it does not hold.
+        """
+        path = pathlib.Path(path)
+        held = path.read_bytes()[:keep] if keep and path.exists() else b""
+        lines = held[: held.rfind(b"\n") + 1].splitlines(keepends=True)
+        while lines and not _is_of(lines[-1], last_step):
+            lines.pop()
+        held = b"".join(lines)
+        self.missing = keep - len(held)
         # Closed by __exit__.
-        self._file: TextIO = pathlib.Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        self._file: BinaryIO = path.open("r+b" if held else "wb")
+        self._file.truncate(len(held))
+        self._file.seek(len(held))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends `record`; NaN and infinities become null."""
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
         self._file.flush()
+
+    def sync(self) -> int:
+        """Has everything on the disk, where a loss of power leaves it; returns its size."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def __enter__(self) -> Self:
         """The writer itself."""

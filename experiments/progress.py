@@ -63,6 +63,7 @@ class Progress:
         self._run = self._steps = 0
         self._title = self._numbers = ""
         self._seconds = 0.0  # of the runs that are over
+        self._done_before = 0  # steps that this process did not take
         self._resumed_at: float | None = None
         self._printed, self._printed_at = "", -float("inf")
         self._bar: _LineAndBar | None = None
@@ -103,6 +104,12 @@ class Progress:
             self._resumed_at = None
         self._show(force=True)
 
+    def resumed(self, step: int) -> None:
+        """The current run goes on from `step`, which an earlier process took."""
+        self._done_before += step
+        self._steps = (self._run - 1) * self._steps_per_run + step
+        self.console.print(f"{self._title}: continuing from step {step}", markup=False)
+
     def update(self, step: int, epoch: int, shown: Mapping[str, float]) -> None:
         """Shows where the current run is.
 
@@ -120,13 +127,14 @@ class Progress:
 
     def time_left(self) -> float | None:
         """Seconds until the grid is done; None before the first step."""
-        if self._steps == 0:
+        taken = self._steps - self._done_before
+        if taken <= 0:
             return None
         spent = self._seconds
         if self._resumed_at is not None:
             spent += self._clock() - self._resumed_at
         steps_left = self._runs * self._steps_per_run - self._steps
-        return spent / self._steps * steps_left
+        return spent / taken * steps_left
 
     def _show(self, force: bool) -> None:
         seconds = self.time_left()

@@ -162,15 +162,21 @@ def _plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
 
 
 def write_pictures(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """Writes `accuracy.png`, and `fan_in.png` where a run is sparse; returns their paths."""
+    """Writes `accuracy.png`, and `fan_in.png` where a run is sparse; returns their paths.
+
+    Runs whose log has lost its evaluations are not in the former.
+    """
     folder = pathlib.Path(workdir)
     config = read_json(folder / "config.json")
     trained = f"{config['model']} on {config['dataset']}"
     names = {"rigl": "RigL", "set": "SET", "static": "static masks", "uniform": "uniform"}
     spread, moves = (names.get(config[k], config[k].upper()) for k in ("distribution", "topology"))
     sparse = f"{spread} {config['sparsity']:g}, {moves}"
-    written = [folder / "accuracy.png"]
-    plots.accuracy(_curves(runs), f"{trained}; sparse methods: {sparse}", written[0])
+    written = []
+    curves = _curves(runs)
+    if curves:
+        written.append(folder / "accuracy.png")
+        plots.accuracy(curves, f"{trained}; sparse methods: {sparse}", written[-1])
     groups = by_method(run for run in runs if run.fan_in)
     if groups:
         everything = [run for group in groups.values() for run in group]
@@ -188,9 +194,14 @@ def write_pictures(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> list
 def _curves(runs: Iterable[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     curves = {}
     for method, group in by_method(runs).items():
-        lines = [[line for line in run.metrics if line["kind"] == "eval"] for run in group]
-        epochs = np.array([line["epoch"] for line in lines[0]])
-        curves[method] = epochs, np.array([[line["test_accuracy"] for line in r] for r in lines])
+        found = [
+            {line["epoch"]: line["test_accuracy"] for line in run.metrics if line["kind"] == "eval"}
+            for run in group
+        ]
+        epochs = sorted(set(found[0]).intersection(*found))  # a log may have lost lines
+        accuracies = [[of_run[epoch] for epoch in epochs] for of_run in found]
+        if epochs:
+            curves[method] = np.array(epochs), np.array(accuracies)
     return curves
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from experiments import data
-from experiments.data import on_device
-from experiments.programs import MethodPrograms, State
+from experiments.functions import State
+from experiments.programs import MethodPrograms
 
 _IN_FLIGHT = 4
 
@@ -29,6 +30,10 @@ class Stepper:
 
     A call of the compiled loop saves the host's part of every step but one; on a CPU, where
     convolutions in a loop are slow, its length is 1 and there is none.
+
+    Attributes:
+      step: how many steps are done.
+      data_seconds: how long the host has waited for batches.
     """
 
     def __init__(self, programs: MethodPrograms, dataset: data.Data, seed: int, step: int) -> None:
@@ -43,57 +48,73 @@ class Stepper:
         self._programs = programs
         self._data = dataset
         self._seed = seed
-        self._step = step
+        self.step = step
+        self.data_seconds = 0.0
         self._batches: Iterator[data.Split] | None = None
         self._order: tuple[int, jax.Array] | None = None
         self._last: data.Split | None = None
 
-    def advance(self, state: State, count: int) -> tuple[State, list[dict[str, jax.Array]]]:
-        """Takes `count` steps within one epoch.
+    def advance(
+        self,
+        state: State,
+        count: int,
+        stop: Callable[[], bool] = lambda: False,
+        single: bool = False,
+    ) -> tuple[State, list[dict[str, jax.Array]]]:
+        """Takes `count` steps within one epoch, or fewer where it is asked to stop.
 
         Args:
           state: before them; its memory is used again.
           count: how many steps.
+          stop: asked after each call of a compiled program.
+          single: take them one by one.
 
         Returns:
           The state after them, and the metrics of all steps in order, each an array of one
           element or of one per step of a compiled loop.
         """
-        metrics = []
-        while self._programs.steps is not None and count >= self._programs.steps_per_call:
-            state, measured = self._loop(state)
+        metrics: list[dict[str, jax.Array]] = []
+        end = self.step + count
+        while self.step < end:
+            loop = self._programs.steps is not None and not single
+            if loop and end - self.step >= self._programs.steps_per_call:
+                state, measured = self._loop(state)
+            else:
+                state, measured = self._single(state)
             metrics.append(measured)
             bound_in_flight(metrics)
-            count -= self._programs.steps_per_call
-        if count and self._batches is None:
-            self._batches = self._data.train_batches(self._seed, self._step)
-        for _ in range(count):
-            assert self._batches is not None
-            self._last = next(self._batches)
-            state, measured = self._programs.step(state, *self._last)
-            metrics.append(measured)
-            bound_in_flight(metrics)
-            self._step += 1
+            if stop():
+                break
         return state, metrics
+
+    def _single(self, state: State) -> tuple[State, dict[str, jax.Array]]:
+        if self._batches is None:
+            self._batches = self._data.train_batches(self._seed, self.step)
+        begin = time.monotonic()
+        self._last = next(self._batches)
+        self.data_seconds += time.monotonic() - begin
+        self.step += 1
+        found: tuple[State, dict[str, jax.Array]] = self._programs.step(state, *self._last)
+        return found
 
     def _loop(self, state: State) -> tuple[State, dict[str, jax.Array]]:
         dataset = self._data
         assert isinstance(dataset, data.DeviceData)
         assert self._programs.steps is not None
-        split = dataset.dataset.train
-        epoch, index = divmod(self._step, dataset.steps_per_epoch)
+        epoch, index = divmod(self.step, dataset.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, on_device.epoch_order(self._seed, epoch, len(split.labels))
-        scalars = (jnp.int32(value) for value in (self._seed, epoch, index))
-        state, measured = self._programs.steps(state, split, self._order[1], *scalars)
+            self._order = epoch, dataset.epoch_order(self._seed, epoch)
+        # NumPy's scalars go to all devices, also to those of other processes.
+        scalars = (np.int32(value) for value in (self._seed, epoch, index))
+        state, measured = self._programs.steps(state, dataset.train, self._order[1], *scalars)
         self._batches = self._last = None
-        self._step += self._programs.steps_per_call
+        self.step += self._programs.steps_per_call
         return state, measured
 
     def last_batch(self) -> data.Split:
         """Images and labels of the last step; there must have been one."""
         if self._last is None:  # it was a loop's
-            self._last = next(self._data.train_batches(self._seed, self._step - 1))
+            self._last = next(self._data.train_batches(self._seed, self.step - 1))
         return self._last
 
     def close(self) -> None:

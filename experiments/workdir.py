@@ -1,39 +1,82 @@
 """The folder of a grid of runs.
 
     config.json            the resolved config; a folder belongs to one config
-    runs/METHOD-seedK/     metrics.jsonl, fan_in.npz, and result.json once the run is finished
+    runs/METHOD-seedK/     metrics.jsonl, checkpoints/, and once the run is finished fan_in.npz and
+                           result.json
     metrics.jsonl          the lines of all finished runs
     result.json            final metrics and digests of all runs, summary, environment
     accuracy.png, fan_in.png
 
 Only a run's own folder is written to while it trains; everything else is made from finished runs,
-whole or not at all. So an interruption leaves no line too many and none too few.
+whole or not at all. What an interrupted run's log has beyond its last checkpoint is dropped when
+the run goes on. So an interruption leaves no line too many and none too few. One process at a time
+may train in a folder (`.lock`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from experiments import metrics, report
 from experiments.config import SPECS, Config, ConfigError
 
-_MAY_CHANGE = ("data_dir", "loader_threads", "loader_processes", "max_corrupt")
-"""Fields that change no finished run: where and how fast data is read, what would have ended it."""
+_MAY_CHANGE = (
+    "data_dir", "loader_threads", "loader_processes", "max_corrupt", "loggers",
+    "checkpoint_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp",
+)  # fmt: skip
+"""Fields that say how a run is done, not what: where data is read, what is kept, which devices."""
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path) -> Iterator[None]:
+    """Makes `folder` and keeps it for this process while the body runs.
+
+    The operating system takes the lock away from a process that ends in any way.
+
+    Raises:
+      ConfigError: the folder cannot be written, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"--workdir={folder}: another process trains in it ({file.read().strip()}); wait"
+                " for it, or give another --workdir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {folder} cannot be locked ({error.strerror})", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}\n")
+        file.flush()
+        yield
 
 
 def open_for(config: Config, folder: pathlib.Path) -> None:
-    """Makes `folder` and writes `config.json`, or checks that it holds the same config.
+    """Writes `config.json` into `folder`, or checks that it holds the same config.
 
     Raises:
       ConfigError: the folder cannot be written, or belongs to another config; the message names
         the field that differs and both values.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
         new = json.loads(json.dumps(dataclasses.asdict(config)))
         if not path.exists():
@@ -42,14 +85,26 @@ def open_for(config: Config, folder: pathlib.Path) -> None:
         old = metrics.read_json(path)
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
+    check_same(config, old, f"--workdir={folder} holds runs")
+
+
+def check_same(config: Config, old: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError where `old`, a config as JSON has it, is of another experiment.
+
+    Args:
+      config: that of now.
+      old: that of before.
+      what: what has the old one, for the message.
+    """
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, spec in SPECS.items():
         if name in _MAY_CHANGE:
             continue
         # A field that is newer than the folder had its default.
-        before = old.get(name, spec.default)
+        before = old.get(name, json.loads(json.dumps(spec.default)))
         if before != new[name]:
             raise ConfigError(
-                f"--workdir={folder} holds runs with {name}={before!r}, not {new[name]!r};\n"
+                f"{what} with {name}={before!r}, not {new[name]!r};\n"
                 f"give another --workdir, or --config.{name} as it was"
             )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import experiments.run
 import sparseopt_jax as sx
 from experiments import data, metrics, programs, report, stepping, train, workdir
 from experiments.config import Config
@@ -17,6 +18,7 @@ from experiments.config import Config
 STEPS, SEEDS, METHODS = 25, 2, ("dense", "sgd", "sparseopt")
 # 11 steps an epoch; 25 steps cut the third epoch short. Updates at 4, 8, 12, ..., 24.
 CONFIG = Config(
+    mesh_data=1,
     model="mlp",
     hidden=32,
     sparsity=0.9,
@@ -60,7 +62,8 @@ def read_lines(path):
 
 def without_timing(record):
     """What does not depend on how fast the machine is."""
-    return {k: v for k, v in record.items() if k not in ("timing", "examples_per_second")}
+    timing = ("timing", "examples_per_second", "step_seconds", "data_wait_seconds")
+    return {k: v for k, v in record.items() if k not in timing}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def finished(compiled, tmp_path_factory):
 
 
 def test_the_folder_has_everything(finished):
-    names = {path.name for path in finished.iterdir()}
+    names = {path.name for path in finished.iterdir()} - {".lock"}
     pictures = {"accuracy.png", "fan_in.png"}
     assert names == {"config.json", "metrics.jsonl", "result.json", "runs"} | pictures
     config = json.loads((finished / "config.json").read_text())
@@ -165,8 +168,14 @@ def test_metrics_have_a_line_per_log_and_evaluation(finished):
             expected = [0.05 * (1 + np.cos(np.pi * step / 33)) for step in (9, 19, 24)]
             np.testing.assert_allclose(rates, expected, rtol=1e-5)
     assert len(lines) == len(METHODS) * SEEDS * 9
-    names = {"loss", "train_accuracy", "gradient_norm", "density", "examples_per_second", "epoch"}
-    assert names <= set(lines[0])
+    names = {"loss", "train_accuracy", "gradient_norm", "density", "itop_rate", "epoch"}
+    timing = {"examples_per_second", "step_seconds", "data_wait_seconds"}
+    assert names | timing <= set(lines[0])
+    for line in lines:
+        if line["kind"] == "train":
+            assert 0 <= line["data_wait_seconds"] < line["step_seconds"]
+            per_second = 128 / line["step_seconds"]
+            assert line["examples_per_second"] == pytest.approx(per_second)
 
 
 def test_diagnostics_lines_agree_with_what_the_run_left(finished):
@@ -203,31 +212,37 @@ def test_the_same_seed_twice_is_the_same_bit_for_bit(finished, tmp_path):
 
 @pytest.mark.usefixtures("_compile_once")
 def test_an_interrupted_grid_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys):
-    """Ctrl-C within the second evaluation of the fourth run; then the same command again."""
-    folder, calls, test = tmp_path / "run", [], train._test
+    """A second Ctrl-C within the second evaluation of the fourth run; then the same command again.
+
+    It goes on with that run, from the checkpoint of its first evaluation.
+    """
+    folder, calls, evaluate = tmp_path / "run", [], experiments.run.evaluate
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 3 * 3 + 2:
             raise KeyboardInterrupt
-        return test(*arguments)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(train, "_test", interrupted)
+    monkeypatch.setattr(experiments.run, "evaluate", interrupted)
     assert run(folder) == 130
     said = capsys.readouterr().err
     assert "interrupted; to continue: python -m experiments.train --config=" in said
     assert f"--workdir={folder}" in said
     assert not (folder / "result.json").exists()
     assert len(read_lines(folder / "metrics.jsonl")) == 3 * 9  # finished runs only
-    assert len(read_lines(folder / "runs/sgd-seed1/metrics.jsonl")) > 0
+    written = read_lines(folder / "runs/sgd-seed1/metrics.jsonl")
+    assert [line["step"] for line in written] == [10, 11, 11, 20]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
     assert len(before) == 3
 
     calls.clear()
-    monkeypatch.setattr(train, "_test", lambda *a: calls.append(a) or test(*a))
+    monkeypatch.setattr(experiments.run, "evaluate", lambda *a: calls.append(a) or evaluate(*a))
     assert run(folder) == 0
-    assert "3 of 6 runs are done" in capsys.readouterr().out
-    assert len(calls) == 3 * 3
+    said = capsys.readouterr().out
+    assert "3 of 6 runs are done" in said
+    assert "[4/6] sgd seed 1: continuing from step 11" in said
+    assert len(calls) == 2 + 2 * 3
     assert (
         before.items()
         <= {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}.items()
@@ -242,10 +257,13 @@ def test_an_interrupted_grid_goes_on_where_it_was(finished, tmp_path, monkeypatc
 
 
 def test_a_finished_grid_is_only_reported_again(finished, capsys):
-    before = (finished / "result.json").read_text()
+    """Also where it was stopped before its last run's metrics were among the others."""
+    names = ("result.json", "metrics.jsonl")
+    before = [(finished / name).read_text() for name in names]
+    (finished / "metrics.jsonl").unlink()
     assert run(finished) == 0
     assert "6 of 6 runs are done" in capsys.readouterr().out
-    assert (finished / "result.json").read_text() == before
+    assert [(finished / name).read_text() for name in names] == before
 
 
 def test_another_config_in_the_same_folder_is_refused(finished, capsys):
@@ -262,7 +280,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     config = Config(
-        model="mlp", hidden=8, topology="dense", optimizer="sgd", epochs=1, learning_rate=1e38
+        mesh_data=1,
+        model="mlp",
+        hidden=8,
+        topology="dense",
+        optimizer="sgd",
+        epochs=1,
+        learning_rate=1e38,
     )
     assert run(tmp_path / "run", config) == 1
     said = capsys.readouterr().err
@@ -309,7 +333,9 @@ def test_methods_start_from_the_same_weights_and_masks(compiled):
 def test_sparse_he_normal_scales_each_neuron_by_its_fan_in(compiled):
     """Also: static masks stay as they are."""
     digits = compiled.dataset
-    config = Config(model="mlp", hidden=8, sparsity=0.8, topology="static", init="sparse_he_normal")
+    config = Config(
+        mesh_data=1, model="mlp", hidden=8, sparsity=0.8, topology="static", init="sparse_he_normal"
+    )
     model = programs.compile_model(config, digits)
     params, batch_stats = model.init(jnp.int32(0))
     method = programs.compile_method(config, digits, model)
@@ -325,7 +351,7 @@ def test_sparse_he_normal_scales_each_neuron_by_its_fan_in(compiled):
 
 def test_other_settings_run(tmp_path):
     config = Config(
-        model="mlp", hidden=8, topology="set", distribution="uniform", sparsity=0.8,
+        mesh_data=1, model="mlp", hidden=8, topology="set", distribution="uniform", sparsity=0.8,
         update_interval=2, epochs=1, steps=6, log_every=6, nesterov=True, schedule="linear",
         warmup_epochs=0.5, label_smoothing=0.1, average_over="network",
     )  # fmt: skip
@@ -371,8 +397,8 @@ def test_a_compiled_loop_of_steps_is_the_same_as_single_steps(tmp_path, monkeypa
 @pytest.mark.parametrize("optimizer", ["ham", "sparseopt_ham"])
 def test_ham_and_the_hessian(optimizer, tmp_path):
     config = Config(
-        model="mlp", hidden=8, sparsity=0.8, optimizer=optimizer, ham_alpha=10.0, topology="static",
-        epochs=2, steps=22, log_every=11, diagnostics_every=0, hessian_every=2,
+        mesh_data=1, model="mlp", hidden=8, sparsity=0.8, optimizer=optimizer, ham_alpha=10.0,
+        topology="static", epochs=2, steps=22, log_every=11, diagnostics_every=0, hessian_every=2,
     )  # fmt: skip
     assert run(tmp_path / "run", config) == 0
     (one,) = report.load_runs(tmp_path / "run")

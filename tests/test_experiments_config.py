@@ -48,7 +48,7 @@ def test_every_field_can_be_overridden(name):
     elif spec.kind is str:
         text = value = "some/folder"
     else:
-        value = spec.kind(3) if spec.limits.high > 3 else 0.375
+        value = spec.kind(4) if spec.limits.high > 4 else 0.375
         text = str(value)
     arguments = [f"--config={DIGITS}", "--config.compare=", f"--config.{name}={text}"]
     if text == "dense":

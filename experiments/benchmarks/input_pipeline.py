@@ -28,10 +28,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, metrics, programs
+from experiments import mesh as meshes
 from experiments.config import Config
 from experiments.data import on_device, sources, streaming
 
@@ -162,13 +162,13 @@ def on_the_device(repeats: int, examples: int = 50_000) -> dict[str, float]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, 32, 32, 3), np.uint8)
     labels = rng.integers(0, 10, examples)
-    dataset = on_device.make_dataset((images, labels), (images[:1], labels[:1]), 10)
-    loaded = data.DeviceData(
-        dataset, dataclasses.replace(config, augmentation="crop_flip"), data.CorruptExamples(0)
-    )
+    mesh = meshes.make_mesh(config)
+    dataset = on_device.make_dataset((images, labels), (images[:1], labels[:1]), 10, mesh)
+    config = dataclasses.replace(config, augmentation="crop_flip")
+    loaded = data.DeviceData(dataset, config, data.CorruptExamples(0), mesh)
     model = programs.compile_model(config, loaded)
     method = programs.compile_method(config, loaded, model)
-    state = method.start(*model.init(jnp.int32(0)), jnp.int32(0))
+    state = method.start(*model.init(np.int32(0)), np.int32(0))
     batches = loaded.train_batches(seed=0, first_step=0)
     state, measured = method.step(state, *next(batches))
     measured["loss"].block_until_ready()

@@ -39,4 +39,5 @@ def get_config() -> Config:
         seeds=3,
         compare=("dense", "sgd", "sparseopt"),
         diagnostics_every=10,  # a gradient per epoch more would take a third of the time
+        keep_best=False,  # a checkpoint takes a second, as much as six steps; there is one a run
     )

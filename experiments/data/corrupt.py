@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from experiments.data.errors import CorruptImageError
 from experiments.data.sources import Source
@@ -24,6 +24,14 @@ class CorruptExamples:
     def __len__(self) -> int:
         """How many there are so far."""
         return len(self._names)
+
+    def names(self) -> list[str]:
+        """Their names, sorted."""
+        return sorted(self._names)
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Takes note of examples that were left out before, in an earlier part of a run."""
+        self._names.update(names)
 
     def report(self, source: Source, index: int, reason: str) -> None:
         """Takes note of an example and what is wrong with it.

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from experiments import mesh as meshes
 from experiments.config import Config, ConfigError
 from experiments.data import on_device, sources, streaming
 from experiments.data.corrupt import CorruptExamples
@@ -29,6 +31,7 @@ class Data(Protocol):
     """What training needs of a dataset.
 
     Attributes:
+      mesh: the devices that batches are shared out over.
       num_classes: how many labels there are.
       image_shape: height, width and channels of the images of a batch.
       mean: what to subtract from the values of a batch, float32, (channels,).
@@ -37,6 +40,7 @@ class Data(Protocol):
       corrupt: images that were left out.
     """
 
+    mesh: Mesh
     num_classes: int
     image_shape: tuple[int, int, int]
     mean: np.ndarray
@@ -52,13 +56,17 @@ class Data(Protocol):
 
 
 class DeviceData:
-    """A dataset on the device, with a config's batch size and augmentation; see `Data`."""
+    """A dataset on the devices, with a config's batch size and augmentation; see `Data`.
+
+    `train` holds all training images.
+    """
 
     def __init__(
-        self, dataset: on_device.Dataset, config: Config, corrupt: CorruptExamples
+        self, dataset: on_device.Dataset, config: Config, corrupt: CorruptExamples, mesh: Mesh
     ) -> None:
-        """Keeps what it is given."""
-        self.dataset = dataset
+        """Keeps what it is given; the dataset lies on the same mesh."""
+        self.mesh = mesh
+        self.train, self._test = dataset.train, dataset.test
         self.num_classes = dataset.num_classes
         _, height, width, channels = dataset.train.images.shape
         self.image_shape = (height, width, channels)
@@ -72,8 +80,13 @@ class DeviceData:
     def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
         """As `Data.train_batches`."""
         return on_device.train_batches(
-            self.dataset.train, seed, first_step, self._batch_size, self.augmentation
+            self.train, seed, first_step, self._batch_size, self.augmentation, self.mesh
         )
+
+    def epoch_order(self, seed: int, epoch: int) -> jax.Array:
+        """The order of an epoch, on all devices; see `on_device.epoch_order`."""
+        order_of, _ = on_device.compiled(self.mesh)
+        return order_of(seed, epoch, examples=self.train_examples)
 
     def take_batch(
         self, split: Split, order: jax.Array, seed: Any, epoch: Any, index: Any
@@ -91,7 +104,13 @@ class DeviceData:
 
     @functools.cached_property
     def _eval_batches(self) -> list[EvalBatch]:
-        return on_device.eval_batches(self.dataset.test, self._batch_size)
+        batches = jax.jit(
+            on_device.eval_batches,
+            static_argnums=1,
+            out_shardings=meshes.batch_sharding(self.mesh),
+        )
+        found: list[EvalBatch] = batches(self._test, self._batch_size)
+        return found
 
     def eval_batches(self) -> list[EvalBatch]:
         """As `Data.eval_batches`."""
@@ -107,16 +126,10 @@ class StreamedData:
         test: sources.Source,
         config: Config,
         corrupt: CorruptExamples,
+        mesh: Mesh,
     ) -> None:
-        """Keeps what it is given; opens no file.
-
-        Raises:
-          ConfigError: there is more than one process.
-        """
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"{jax.process_count()} processes: `experiments.train` runs in one, on one device"
-            )
+        """Keeps what it is given; opens no file."""
+        self.mesh = mesh
         self._train, self._test, self._config = train, test, config
         self.num_classes = train.num_classes
         self.image_shape = (config.image_size, config.image_size, 3)
@@ -124,7 +137,7 @@ class StreamedData:
         self.train_examples = len(train)
         self.corrupt = corrupt
         self._random_crop = _augmentation(config, streamed=True) == "random_resized_crop"
-        self._sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._sharding = meshes.batch_sharding(mesh)
 
     def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
         """As `Data.train_batches`."""
@@ -135,6 +148,8 @@ class StreamedData:
             image_size=self._config.image_size,
             first_step=first_step,
             random_crop=self._random_crop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             workers=self._workers(),
             corrupt=self.corrupt,
         )
@@ -148,6 +163,8 @@ class StreamedData:
             self._test,
             batch_size=self._config.batch_size,
             image_size=self._config.image_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             workers=self._workers(),
             corrupt=self.corrupt,
         )
@@ -159,20 +176,24 @@ class StreamedData:
         return streaming.Workers(self._config.loader_threads, self._config.loader_processes)
 
 
-def load(config: Config, say: Callable[[str], object] = print) -> DeviceData | StreamedData:
+def load(
+    config: Config, say: Callable[[str], object] = print, mesh: Mesh | None = None
+) -> DeviceData | StreamedData:
     """The data that a config names.
 
     Args:
       config: names dataset, folder, splits, label and storage.
       say: called with a line of text for each image that is left out.
+      mesh: where to put it; by default the mesh that the config asks for.
 
     Returns:
-      The data, on the default device or ready to be streamed.
+      The data, on the devices or ready to be streamed.
 
     Raises:
       ConfigError: the dataset or a split is not there, or a setting does not fit it.
       DataError: a file is damaged.
     """
+    mesh = meshes.make_mesh(config) if mesh is None else mesh
     corrupt = CorruptExamples(config.max_corrupt, say)
     if config.dataset == "digits":
         for name, allowed in (
@@ -186,9 +207,11 @@ def load(config: Config, say: Callable[[str], object] = print) -> DeviceData | S
                     f"{name}={getattr(config, name)!r} must be"
                     f" {' or '.join(map(repr, allowed))} for dataset=digits, which is embedded"
                 )
-        data: DeviceData | StreamedData = DeviceData(on_device.load_digits(), config, corrupt)
+        data: DeviceData | StreamedData = DeviceData(
+            on_device.load_digits(mesh), config, corrupt, mesh
+        )
     else:
-        data = _open(config, corrupt)
+        data = _open(config, corrupt, mesh)
     if config.num_classes not in (0, data.num_classes):
         raise ConfigError(
             f"num_classes={config.num_classes} must be {data.num_classes}, the number of classes"
@@ -197,7 +220,7 @@ def load(config: Config, say: Callable[[str], object] = print) -> DeviceData | S
     return data
 
 
-def _open(config: Config, corrupt: CorruptExamples) -> DeviceData | StreamedData:
+def _open(config: Config, corrupt: CorruptExamples, mesh: Mesh) -> DeviceData | StreamedData:
     train, test = (
         sources.open_source(config.dataset, config.data_dir, split, config.label)
         for split in (config.train_split, config.test_split)
@@ -211,10 +234,10 @@ def _open(config: Config, corrupt: CorruptExamples) -> DeviceData | StreamedData
             " shape"
         )
     if config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES):
-        return StreamedData(train, test, config, corrupt)
+        return StreamedData(train, test, config, corrupt, mesh)
     loaded, tests = (on_device.load_split(source, corrupt) for source in (train, test))
-    dataset = on_device.make_dataset(loaded, tests, train.num_classes)
-    return DeviceData(dataset, config, corrupt)
+    dataset = on_device.make_dataset(loaded, tests, train.num_classes, mesh)
+    return DeviceData(dataset, config, corrupt, mesh)
 
 
 def _augmentation(config: Config, streamed: bool) -> str:

@@ -11,15 +11,17 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from experiments import mesh as meshes
 from experiments.data import decode
 from experiments.data.corrupt import CorruptExamples
 from experiments.data.errors import CorruptImageError, DataError
@@ -50,7 +52,7 @@ class EvalBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset whole on the default device.
+    """A dataset whole on every device of a mesh, or on the default device.
 
     Attributes:
       train: what to train on.
@@ -68,9 +70,17 @@ class Dataset:
 
 
 def make_dataset(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    num_classes: int,
+    mesh: Mesh | None = None,
 ) -> Dataset:
-    """Puts images and labels on the device; `mean` and `std` are those of the training images."""
+    """Puts images and labels on the devices; `mean` and `std` are those of the training images."""
+
+    def put(array: np.ndarray, dtype: Any) -> jax.Array:
+        array = np.asarray(array, dtype)
+        return jnp.asarray(array) if mesh is None else meshes.replicate(mesh, array)
+
     images = train[0]
     # A histogram of 256 values: exact, and without a float copy of all images.
     counts = np.stack(
@@ -81,8 +91,8 @@ def make_dataset(
     variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
     return Dataset(
-        train=Split(jnp.asarray(images, jnp.uint8), jnp.asarray(train[1], jnp.int32)),
-        test=Split(jnp.asarray(test[0], jnp.uint8), jnp.asarray(test[1], jnp.int32)),
+        train=Split(put(images, np.uint8), put(train[1], np.int32)),
+        test=Split(put(test[0], np.uint8), put(test[1], np.int32)),
         num_classes=num_classes,
         mean=mean.astype(np.float32),
         std=std.astype(np.float32),
@@ -100,7 +110,7 @@ def split_by_class(labels: np.ndarray, every: int = 5) -> tuple[np.ndarray, np.n
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def load_digits() -> Dataset:
+def load_digits(mesh: Mesh | None = None) -> Dataset:
     """1,797 handwritten digits of 8x8 pixels, which scikit-learn embeds; a fifth is for testing.
 
     Values are 0 to 16. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
@@ -111,7 +121,7 @@ def load_digits() -> Dataset:
     images, labels = datasets.load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
     train, test = ((images[chosen], labels[chosen]) for chosen in split_by_class(labels))
-    return make_dataset(train, test, num_classes=10)
+    return make_dataset(train, test, num_classes=10, mesh=mesh)
 
 
 def load_split(source: Source, corrupt: CorruptExamples) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +183,6 @@ def _decode(encoded: bytes) -> np.ndarray:
     return decode.decode(encoded)
 
 
-@functools.partial(jax.jit, static_argnames="examples")
 def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, examples: int) -> jax.Array:
     """The order of the examples in an epoch: int32, (examples,), given by seed and epoch alone."""
     order_key, _ = _epoch_keys(seed, epoch)
@@ -238,22 +247,37 @@ def _crop(images: jax.Array, chosen: jax.Array, rows: jax.Array, columns: jax.Ar
     return jnp.where(inside[..., None], gathered, jnp.zeros((), images.dtype))
 
 
-_take_batch = jax.jit(take_batch, static_argnames=("batch_size", "augmentation"))
+@functools.cache
+def compiled(mesh: Mesh | None) -> tuple[Callable[..., jax.Array], Callable[..., Split]]:
+    """`epoch_order`, replicated over a mesh, and `take_batch`, its examples shared out over it."""
+    order: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.over(mesh)}
+    batch: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.batch_sharding(mesh)}
+    take_names = ("batch_size", "augmentation")
+    return (
+        jax.jit(epoch_order, static_argnames="examples", **order),
+        jax.jit(take_batch, static_argnames=take_names, **batch),
+    )
 
 
 def train_batches(
-    split: Split, seed: int, first_step: int, batch_size: int, augmentation: Augmentation
+    split: Split,
+    seed: int,
+    first_step: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    mesh: Mesh | None = None,
 ) -> Iterator[Split]:
-    """The batch of every step from `first_step` on, without end.
+    """The batch of every step from `first_step` on, without end, its examples over the mesh.
 
     The examples left over at an epoch's end are other ones in the next.
     """
     examples = len(split.labels)
     epoch, index = divmod(first_step, examples // batch_size)
+    order_of, take = compiled(mesh)
     while True:
-        order = epoch_order(seed, epoch, examples=examples)
+        order = order_of(seed, epoch, examples=examples)
         for i in range(index, examples // batch_size):
-            yield _take_batch(
+            yield take(
                 split, order, seed, epoch, i, batch_size=batch_size, augmentation=augmentation
             )
         epoch, index = epoch + 1, 0

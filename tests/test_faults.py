@@ -1,0 +1,390 @@
+"""Training that is stopped, killed, damaged or diverges, in this process; `test_soak.py` kills."""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import experiments.run
+import sparseopt_jax as sx
+from experiments import data, programs, report, stepping, train
+from experiments.checkpoint import Checkpoints
+from experiments.comparison import compare
+from experiments.config import Config
+
+# 11 steps an epoch: lines at 4, 8, ..., evaluations at 22 and 40, checkpoints at 14 and 28 besides,
+# topology updates at 3, 6, ..., 30.
+CONFIG = Config(
+    mesh_data=1, model="mlp", hidden=16, sparsity=0.8, update_interval=3, epochs=4, steps=40,
+    log_every=4, checkpoint_every=14, eval_every=2, diagnostics_every=2,
+)  # fmt: skip
+RUN, STEPS = "runs/sparseopt-seed0", 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _promotion():
+    """optax's cosine schedule takes the minimum of an int32 and a float."""
+    before = jax.config.jax_numpy_dtype_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    dataset = data.load(CONFIG)
+    model = programs.compile_model(CONFIG, dataset)
+    return types.SimpleNamespace(
+        model=model, method=programs.compile_method(CONFIG, dataset, model), dataset=dataset
+    )
+
+
+def use(compiled, patch):
+    patch.setattr(train, "compile_model", lambda *_: compiled.model)
+    patch.setattr(train, "compile_method", lambda *_: compiled.method)
+    patch.setattr(report, "write_pictures", lambda *_: [])
+
+
+@pytest.fixture(autouse=True)
+def _quick(compiled, monkeypatch):
+    use(compiled, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(compiled, tmp_path_factory):
+    """The folder of a run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        use(compiled, patch)
+        assert run(folder) == 0
+    return folder
+
+
+def run(folder, *overrides):
+    """Runs the command, in this process."""
+    path = pathlib.Path(folder).with_suffix(".py")
+    path.write_text(
+        f"from experiments.config import Config\n\ndef get_config():\n    return {CONFIG!r}\n"
+    )
+    return train.main([f"--config={path}", f"--workdir={folder}", *overrides])
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / RUN / "checkpoints").iterdir())
+
+
+def lines_of(folder):
+    lines = (folder / RUN / "metrics.jsonl").read_text().splitlines()
+    return [(line["kind"], line["step"]) for line in map(json.loads, lines)]
+
+
+def signal_in_step(monkeypatch, step, number=signal.SIGTERM):
+    """Has the process get a signal while it takes a step."""
+    single = stepping.Stepper._single
+
+    def signalled(self, state):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return single(self, state)
+
+    monkeypatch.setattr(stepping.Stepper, "_single", signalled)
+
+
+def signal_in_evaluation(monkeypatch, evaluation, number=signal.SIGTERM):
+    """Has the process get a signal after the first of the three batches of an evaluation."""
+    batches, bound = [], experiments.run.bound_in_flight
+
+    def signalled(results):
+        batches.append(1)
+        if len(batches) == 3 * (evaluation - 1) + 1:
+            os.kill(os.getpid(), number)
+        bound(results)
+
+    monkeypatch.setattr(experiments.run, "bound_in_flight", signalled)
+
+
+def stop_at(folder, monkeypatch, step):
+    """A run that was stopped after some step."""
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, step)
+        assert run(folder) == 143
+
+
+def test_the_undisturbed_run(whole):
+    """What the others are compared with has a bit of everything."""
+    logged = [("train", step) for step in range(4, 41, 4)]
+    evaluated = [("eval", step) for step in (22, 40)]
+    measured = [("diagnostics", step) for step in (22, 40)]
+    kinds = ["train", "eval", "diagnostics"]
+    expected = sorted(logged + evaluated + measured, key=lambda x: (x[1], kinds.index(x[0])))
+    assert lines_of(whole) == expected
+    assert saved_steps(whole) == [28, 40]
+
+
+@pytest.mark.parametrize("step", [1, 33, 40])
+def test_sigterm_in_a_step(step, whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, step)
+        assert run(folder) == 143
+    said = capsys.readouterr().err
+    assert f"stopped and saved: sparseopt seed 0, at step {step}; to continue: python -m" in said
+    assert f"experiments.train --config={folder}.py --workdir={folder}\n" in said
+    assert not (folder / RUN / "result.json").exists()
+    assert saved_steps(folder)[-1] == step
+    assert ("eval", step) not in lines_of(folder)
+    assert run(folder) == 0
+    assert f"continuing from step {step}" in capsys.readouterr().out
+    assert compare(whole, folder).difference is None
+
+
+@pytest.mark.parametrize(("evaluation", "step"), [(1, 22), (2, 40)])
+def test_sigterm_in_an_evaluation(evaluation, step, whole, tmp_path, monkeypatch, capsys):
+    """The last one too: there is no result without it."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in_evaluation(patch, evaluation)
+        assert run(folder) == 143
+    assert f"at step {step}; to continue" in capsys.readouterr().err
+    assert ("eval", step) not in lines_of(folder)
+    assert run(folder) == 0
+    assert compare(whole, folder).difference is None
+
+
+def test_the_best_is_kept_where_its_evaluation_was_interrupted(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in_evaluation(patch, 1)
+        assert run(folder) == 143
+    for step in (24, 26, 27):
+        stop_at(folder, monkeypatch, step)
+    assert saved_steps(folder) == [22, 26, 27]
+
+
+def test_stopped_over_and_over(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for step in range(5, STEPS, 9):
+        stop_at(folder, monkeypatch, step)
+        assert saved_steps(folder)[-1] == step
+    assert run(folder) == 0
+    assert compare(whole, folder).difference is None
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 9, signal.SIGINT)
+        assert run(folder) == 130
+    assert saved_steps(folder)[-1] == 9
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 10, signal.SIGINT)
+        patch.setattr(Checkpoints, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(folder) == 130
+    assert "interrupted; to continue: python -m" in capsys.readouterr().err
+    assert saved_steps(folder)[-1] == 9
+    assert run(folder) == 0
+    assert compare(whole, folder).difference is None
+
+
+def test_sigterm_before_training_ends_at_once(tmp_path, monkeypatch, capsys):
+    """There is nothing to save yet; a long compilation is not waited for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(tmp_path / "run") == 143
+    assert "interrupted; to continue: python -m" in capsys.readouterr().err
+    assert not (tmp_path / "run" / RUN).exists()
+
+
+def test_an_error_of_any_kind_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
+    folder, single = tmp_path / "run", stepping.Stepper._single
+
+    def broken(self, state):
+        if self.step == 30:
+            raise RuntimeError("the device is gone")
+        return single(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stepping.Stepper, "_single", broken)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            run(folder)
+    assert saved_steps(folder)[-1] == 28
+    assert run(folder) == 0
+    assert compare(whole, folder).difference is None
+
+
+def cut_short(path):
+    largest = max(path.glob("arrays/d/*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:500])
+
+
+def test_a_damaged_checkpoint(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    stop_at(folder, monkeypatch, 31)
+    before = saved_steps(folder)[-2]
+    cut_short(folder / RUN / "checkpoints/31")
+    capsys.readouterr()
+    assert run(folder) == 0
+    said = capsys.readouterr().out
+    assert "the checkpoint of step 31 is damaged (" in said
+    assert f"sparseopt seed 0: continuing from step {before}\n" in said
+    aside = folder / RUN / "damaged-checkpoints"
+    assert [path.name.split("-")[0] for path in aside.iterdir()] == ["31"]
+    shutil.rmtree(aside)
+    assert compare(whole, folder).difference is None
+
+
+def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    stop_at(folder, monkeypatch, 5)
+    cut_short(folder / RUN / "checkpoints/5")
+    lines = lines_of(folder)
+    assert run(folder) == 1
+    said = capsys.readouterr().err
+    assert "error: no checkpoint in " in said
+    assert f"To start the run anew, move {folder / RUN} away" in said
+    assert lines_of(folder) == lines
+
+
+def test_checkpoints_of_another_config_are_refused(whole, tmp_path, monkeypatch, capsys):
+    """Also where `config.json` does not tell any more."""
+    folder = tmp_path / "run"
+    stop_at(folder, monkeypatch, 20)
+    assert run(folder, "--config.learning_rate=0.25") == 2
+    said = capsys.readouterr().err
+    assert f"--workdir={folder} holds runs with learning_rate=0.1, not 0.25" in said
+    (folder / "config.json").unlink()
+    assert run(folder, "--config.learning_rate=0.25") == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{folder / RUN}/checkpoints holds checkpoints of a run with learning_rate=0.1, not" in said
+    )
+    (folder / "config.json").unlink()
+    # What is kept, and where data comes from, may change.
+    assert run(folder, "--config.keep_last=1", "--config.data_dir=elsewhere") == 0
+    assert saved_steps(folder)[-1] == 40
+    digests = [json.loads((f / "result.json").read_text())["state_sha256"] for f in (whole, folder)]
+    assert digests[0] == digests[1]
+
+
+def test_two_runs_in_one_folder(whole, capsys):
+    with open(whole / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(whole) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"error: --workdir={whole}: another process trains in it (process {os.getpid()}" in said
+        )
+    assert run(whole) == 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_deleted_log(again, whole, tmp_path, monkeypatch, capsys):
+    """Also where the run fails again before it has saved a checkpoint that knows of it."""
+    folder = tmp_path / "run"
+    stop_at(folder, monkeypatch, 23)
+    log = folder / RUN / "metrics.jsonl"
+    size = log.stat().st_size
+    log.unlink()
+    if again:
+
+        def broken(*arguments):
+            raise RuntimeError("the machine is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "save", broken)
+            with pytest.raises(RuntimeError, match="the machine is gone"):
+                run(folder)
+        assert lines_of(folder) == [("train", 24), ("train", 28)]
+    assert run(folder) == 0
+    assert f"{log}: {size} bytes of the lines up to step 23 are lost" in capsys.readouterr().out
+    assert lines_of(folder) == [line for line in lines_of(whole) if line[1] > 23]
+
+
+def edit_checkpoint(folder, compiled, path, change):
+    """Changes one leaf of the newest checkpoint, as if training had come to that."""
+    state = compiled.method.functions.state
+    shapes = {"state": state, "logged_masks": sx.get_masks(state.opt_state)}
+
+    def edit(where, leaf):
+        if jax.tree_util.keystr(where, simple=True, separator="/") != path:
+            return leaf
+        return jax.device_put(np.asarray(change(np.array(leaf)), leaf.dtype), leaf.sharding)
+
+    with Checkpoints(folder / RUN / "checkpoints", 2, True) as checkpoints:
+        found = checkpoints.restore(shapes)
+        arrays = jax.tree_util.tree_map_with_path(edit, found.arrays)
+        checkpoints.save(found.step, arrays, found.notes)
+
+
+def set_bias(leaf):
+    leaf[3] = 3e38
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "what", "where"),
+    [
+        (
+            "state/params/dense1/kernel",
+            lambda leaf: 1e38 * np.sign(leaf),
+            "the loss is nan at step 24",
+            "the output of dense1",
+        ),
+        (
+            "state/params/head/bias",
+            set_bias,
+            "the loss is inf at step 24",
+            "the loss of finite outputs",
+        ),
+        (
+            "state/params/dense1/kernel",
+            lambda leaf: 5e18 * np.sign(leaf),
+            "weights or statistics are not finite after step 28",
+            "the running statistics of norm1/var",
+        ),
+    ],
+)
+def test_a_diverged_run_stops_and_keeps_its_last_finite_checkpoint(
+    path, change, what, where, compiled, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    stop_at(folder, monkeypatch, 23)
+    edit_checkpoint(folder, compiled, path, change)
+    kept = saved_steps(folder)
+    capsys.readouterr()
+    assert run(folder) == 1
+    said = capsys.readouterr().err
+    assert f"error: sparseopt seed 0: {what}; first at step 24, in {where}.\n" in said
+    assert "the checkpoint of step 23 is finite. A smaller learning_rate than 0.1, or" in said
+    assert not (folder / RUN / "result.json").exists()
+    assert saved_steps(folder) == kept
+    assert kept[-1] == 23
+    # Asked again, it says the same again.
+    assert run(folder) == 1
+    assert capsys.readouterr().err == said
+
+
+def test_from_eight_devices_to_one(whole, tmp_path, monkeypatch):
+    """The sums of a batch are others on eight devices, so this is no test of bits."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_model", programs.compile_model)
+        patch.setattr(train, "compile_method", programs.compile_method)
+        signal_in_step(patch, 21)
+        assert run(folder, "--config.mesh_data=4", "--config.mesh_fsdp=2") == 143
+    assert run(folder) == 0
+    assert lines_of(folder) == lines_of(whole)
+    one, other = (report.load_run(path / RUN) for path in (whole, folder))
+    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
+        if ours["kind"] == "train":
+            np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+            assert ours["density"] == theirs["density"]
+    for name, fan_in in one.fan_in.items():
+        assert np.abs(fan_in - other.fan_in[name]).sum() <= 2
