@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import pathlib
 import shutil
 import signal
 import types
@@ -18,6 +17,7 @@ from experiments import data, programs, report, stepping, train
 from experiments.checkpoint import Checkpoints
 from experiments.comparison import compare
 from experiments.config import Config
+from tests import train_runs
 
 # 11 steps an epoch: lines at 4, 8, ..., evaluations at 22 and 40, checkpoints at 14 and 28 besides,
 # topology updates at 3, 6, ..., 30.
@@ -30,11 +30,8 @@ RUN, STEPS = "runs/sparseopt-seed0", 40
 
 @pytest.fixture(autouse=True, scope="module")
 def _promotion():
-    """optax's cosine schedule takes the minimum of an int32 and a float."""
-    before = jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", before)
+    with train_runs.standard_promotion():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +65,7 @@ def whole(compiled, tmp_path_factory):
 
 
 def run(folder, *overrides):
-    """Runs the command, in this process."""
-    path = pathlib.Path(folder).with_suffix(".py")
-    path.write_text(
-        f"from experiments.config import Config\n\ndef get_config():\n    return {CONFIG!r}\n"
-    )
-    return train.main([f"--config={path}", f"--workdir={folder}", *overrides])
+    return train_runs.train_here(folder, CONFIG, *overrides)
 
 
 def saved_steps(folder):
@@ -81,39 +73,26 @@ def saved_steps(folder):
 
 
 def lines_of(folder):
-    lines = (folder / RUN / "metrics.jsonl").read_text().splitlines()
-    return [(line["kind"], line["step"]) for line in map(json.loads, lines)]
+    lines = train_runs.read_lines(folder / RUN / "metrics.jsonl")
+    return [(line["kind"], line["step"]) for line in lines]
 
 
-def signal_in_step(monkeypatch, step, number=signal.SIGTERM):
-    """Has the process get a signal while it takes a step."""
-    single = stepping.Stepper._single
-
-    def signalled(self, state):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), number)
-        return single(self, state)
-
-    monkeypatch.setattr(stepping.Stepper, "_single", signalled)
-
-
-def signal_in_evaluation(monkeypatch, evaluation, number=signal.SIGTERM):
-    """Has the process get a signal after the first of the three batches of an evaluation."""
+def sigterm_in_evaluation(monkeypatch, evaluation):
+    """Has the process get a SIGTERM after the first of the three batches of an evaluation."""
     batches, bound = [], experiments.run.bound_in_flight
 
     def signalled(results):
         batches.append(1)
         if len(batches) == 3 * (evaluation - 1) + 1:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         bound(results)
 
     monkeypatch.setattr(experiments.run, "bound_in_flight", signalled)
 
 
-def stop_at(folder, monkeypatch, step):
+def stop_at(folder, step):
     """A run that was stopped after some step."""
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, step)
+    with train_runs.sigterm_in_step(step):
         assert run(folder) == 143
 
 
@@ -131,9 +110,7 @@ def test_the_undisturbed_run(whole):
 @pytest.mark.parametrize("step", [1, 33, 40])
 def test_sigterm_in_a_step(step, whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, step)
-        assert run(folder) == 143
+    stop_at(folder, step)
     said = capsys.readouterr().err
     assert f"stopped and saved: sparseopt seed 0, at step {step}; to continue: python -m" in said
     assert f"experiments.train --config={folder}.py --workdir={folder}\n" in said
@@ -150,7 +127,7 @@ def test_sigterm_in_an_evaluation(evaluation, step, whole, tmp_path, monkeypatch
     """The last one too: there is no result without it."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_in_evaluation(patch, evaluation)
+        sigterm_in_evaluation(patch, evaluation)
         assert run(folder) == 143
     assert f"at step {step}; to continue" in capsys.readouterr().err
     assert ("eval", step) not in lines_of(folder)
@@ -161,34 +138,37 @@ def test_sigterm_in_an_evaluation(evaluation, step, whole, tmp_path, monkeypatch
 def test_the_best_is_kept_where_its_evaluation_was_interrupted(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_in_evaluation(patch, 1)
+        sigterm_in_evaluation(patch, 1)
         assert run(folder) == 143
     for step in (24, 26, 27):
-        stop_at(folder, monkeypatch, step)
+        stop_at(folder, step)
     assert saved_steps(folder) == [22, 26, 27]
 
 
 def test_stopped_over_and_over(whole, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     for step in range(5, STEPS, 9):
-        stop_at(folder, monkeypatch, step)
+        stop_at(folder, step)
         assert saved_steps(folder)[-1] == step
     assert run(folder) == 0
     assert compare(whole, folder).difference is None
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(whole, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "run"
+    folder, advance = tmp_path / "run", stepping.Stepper.advance
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, *arguments)
+
     with monkeypatch.context() as patch:
-        signal_in_step(patch, 9, signal.SIGINT)
+        patch.setattr(stepping.Stepper, "advance", interrupted)
         assert run(folder) == 130
-    assert saved_steps(folder)[-1] == 9
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, 10, signal.SIGINT)
+        assert saved_steps(folder) == [1]
         patch.setattr(Checkpoints, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert run(folder) == 130
     assert "interrupted; to continue: python -m" in capsys.readouterr().err
-    assert saved_steps(folder)[-1] == 9
+    assert saved_steps(folder) == [1]
     assert run(folder) == 0
     assert compare(whole, folder).difference is None
 
@@ -226,7 +206,7 @@ def cut_short(path):
 
 def test_a_damaged_checkpoint(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    stop_at(folder, monkeypatch, 31)
+    stop_at(folder, 31)
     before = saved_steps(folder)[-2]
     cut_short(folder / RUN / "checkpoints/31")
     capsys.readouterr()
@@ -242,7 +222,7 @@ def test_a_damaged_checkpoint(whole, tmp_path, monkeypatch, capsys):
 
 def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    stop_at(folder, monkeypatch, 5)
+    stop_at(folder, 5)
     cut_short(folder / RUN / "checkpoints/5")
     lines = lines_of(folder)
     assert run(folder) == 1
@@ -255,7 +235,7 @@ def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, m
 def test_checkpoints_of_another_config_are_refused(whole, tmp_path, monkeypatch, capsys):
     """Also where `config.json` does not tell any more."""
     folder = tmp_path / "run"
-    stop_at(folder, monkeypatch, 20)
+    stop_at(folder, 20)
     assert run(folder, "--config.learning_rate=0.25") == 2
     said = capsys.readouterr().err
     assert f"--workdir={folder} holds runs with learning_rate=0.1, not 0.25" in said
@@ -288,7 +268,7 @@ def test_two_runs_in_one_folder(whole, capsys):
 def test_a_deleted_log(again, whole, tmp_path, monkeypatch, capsys):
     """Also where the run fails again before it has saved a checkpoint that knows of it."""
     folder = tmp_path / "run"
-    stop_at(folder, monkeypatch, 23)
+    stop_at(folder, 23)
     log = folder / RUN / "metrics.jsonl"
     size = log.stat().st_size
     log.unlink()
@@ -355,7 +335,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_finite_checkpoint(
     path, change, what, where, compiled, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "run"
-    stop_at(folder, monkeypatch, 23)
+    stop_at(folder, 23)
     edit_checkpoint(folder, compiled, path, change)
     kept = saved_steps(folder)
     capsys.readouterr()
@@ -369,22 +349,3 @@ def test_a_diverged_run_stops_and_keeps_its_last_finite_checkpoint(
     # Asked again, it says the same again.
     assert run(folder) == 1
     assert capsys.readouterr().err == said
-
-
-def test_from_eight_devices_to_one(whole, tmp_path, monkeypatch):
-    """The sums of a batch are others on eight devices, so this is no test of bits."""
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "compile_model", programs.compile_model)
-        patch.setattr(train, "compile_method", programs.compile_method)
-        signal_in_step(patch, 21)
-        assert run(folder, "--config.mesh_data=4", "--config.mesh_fsdp=2") == 143
-    assert run(folder) == 0
-    assert lines_of(folder) == lines_of(whole)
-    one, other = (report.load_run(path / RUN) for path in (whole, folder))
-    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
-        if ours["kind"] == "train":
-            np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
-            assert ours["density"] == theirs["density"]
-    for name, fan_in in one.fan_in.items():
-        assert np.abs(fan_in - other.fan_in[name]).sum() <= 2

@@ -1,0 +1,444 @@
+"""Compiles training for TPUs that are not there: memory, FLOPs and communication of each chip.
+
+    python -m experiments.compile_check --topology=v5e:4x4 [--batch_size=1024,4096] [--json=FILE]
+        [--config=FILE] [--config.FIELD=VALUE ...]
+
+Three programs are compiled ahead of time, with the mesh and the shardings of `experiments.train`:
+the topology update by itself, and, for each batch size, the evaluation and the training step as
+`train` compiles them; the step holds the topology update too. It needs the TPU's compiler (libtpu):
+no TPU, no data set (ImageNet's shapes are built in), no network. The step is that of the config's
+`optimizer`; `compare` is left out.
+
+Memory is the compiler's own account of one chip (`memory_analysis`); a program that does not fit is
+answered with its reason, and exit code 1. Batches that are on their way to the chips need memory
+besides. FLOPs are its count for one chip (`cost_analysis`): element by element operations are among
+them, and every step counts as one that updates the topology. Collectives are counted by kind, with
+the size of their results on one chip; see `experiments.hlo` for loops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+import sparseopt_jax as sx
+from experiments import build, command_line, data, hlo, metrics, programs
+from experiments import mesh as meshes
+from experiments.config import SPECS, Config, ConfigError
+from experiments.data import CorruptExamples
+from experiments.functions import (
+    MethodFunctions,
+    ModelFunctions,
+    method_functions,
+    model_functions,
+)
+
+_PROGRAM = "python -m experiments.compile_check"
+_CONFIG = pathlib.Path(__file__).parent / "configs" / "imagenet_resnet50.py"
+_ARGUMENTS = ("--topology", "--batch_size", "--json", "--config")
+_MIB = 2**20
+
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server which TPU this is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; libtpu warns where it finds none
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for chips, and none is used
+}
+"""Environment variables with which libtpu compiles on a machine without a TPU."""
+
+
+class Generation(NamedTuple):
+    """A generation of TPUs.
+
+    Attributes:
+      memory: of a chip, in GiB.
+      dimensions: of the torus that the chips form.
+      examples: layouts, from the smallest on.
+      options: what else libtpu has to know.
+    """
+
+    memory: int
+    dimensions: int
+    examples: tuple[str, ...]
+    options: dict[str, Any]
+
+
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+GENERATIONS = {
+    # Both cores of a chip as one device, as jax has them on a real one.
+    "v4": Generation(32, 3, _CUBES, {"chip_config_name": "megacore"}),
+    "v5e": Generation(16, 2, _PLANES, {}),
+    "v5p": Generation(95, 3, _CUBES, {}),
+    "v6e": Generation(32, 2, _PLANES, {}),
+}
+"""By the name that a topology starts with."""
+
+
+class ImageNetShapes:
+    """What the programs need of ImageNet; see `data.Data`. It has no images."""
+
+    def __init__(self, mesh: Mesh, image_size: int) -> None:
+        """Keeps what it is given; the mean and the deviation are of no consequence."""
+        self.mesh = mesh
+        self.num_classes = 1000
+        self.image_shape = (image_size, image_size, 3)
+        self.mean, self.std = np.full(3, 127.5, np.float32), np.full(3, 60.0, np.float32)
+        self.train_examples = 1_281_167
+        self.corrupt = CorruptExamples(0)
+
+    def train_batches(self, seed: int, first_step: int) -> Iterator[data.Split]:
+        """There are none."""
+        raise NotImplementedError
+
+    def eval_batches(self) -> Iterator[data.EvalBatch]:
+        """There are none."""
+        raise NotImplementedError
+
+
+class Checks(NamedTuple):
+    """What to compile.
+
+    Attributes:
+      mesh: the chips.
+      programs: name, batch size (None where it has no batch), and what gives the lowered program.
+    """
+
+    mesh: Mesh
+    programs: list[tuple[str, int | None, Callable[[], Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program; bytes and FLOPs are those of one chip.
+
+    Attributes:
+      program: its name.
+      batch_size: images of all chips together; None where it has no batch.
+      seconds: how long it took to trace and to compile.
+      error: why it could not be compiled, e.g. for want of memory; the rest is None then.
+      arguments: bytes of what it is given.
+      outputs: bytes of what it returns.
+      reused: bytes of outputs that lie where arguments lay.
+      temporaries: bytes that it needs meanwhile.
+      code: bytes of the program.
+      peak: most bytes of all these but the code at one time.
+      flops: how many it takes.
+      collectives: by kind.
+    """
+
+    program: str
+    batch_size: int | None
+    seconds: float
+    error: str | None = None
+    arguments: int | None = None
+    outputs: int | None = None
+    reused: int | None = None
+    temporaries: int | None = None
+    code: int | None = None
+    peak: int | None = None
+    flops: float | None = None
+    collectives: dict[str, hlo.Collective] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found = {kind: dataclasses.asdict(c) for kind, c in (self.collectives or {}).items()}
+        return vars(self) | {"collectives": None if self.error else found}
+
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+    """The chips of a topology, for which programs can be compiled but not run.
+
+    Args:
+      name: a generation and a layout, e.g. "v5e:4x4".
+
+    Raises:
+      ConfigError: libtpu is not installed, or the topology is unknown.
+    """
+    generation, _, layout = name.partition(":")
+    known = GENERATIONS.get(generation)
+    right = known and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout)
+    if not known or not right or layout.count("x") != known.dimensions - 1:
+        raise ConfigError(_unknown_topology(name))
+    if known.dimensions == 2 and layout not in known.examples:
+        raise ConfigError(_unknown_topology(name))
+    _check_libtpu()
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    options = dict(known.options)
+    if set(layout) == {"1", "x"}:  # a machine with less than the usual four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"{_unknown_topology(name)}\nlibtpu: {_first_line(error)}") from error
+
+
+def _unknown_topology(name: str) -> str:
+    lines = [f"--topology={name} must be a TPU generation and its layout of chips, such as one of"]
+    for generation, known in GENERATIONS.items():
+        more = ", ..." if known.dimensions == 3 else ""
+        lines.append(", ".join(f"{generation}:{layout}" for layout in known.examples) + more)
+    return "\n".join(lines)
+
+
+def _check_libtpu() -> None:
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ConfigError(
+            "the compiler for TPUs is missing: no module named libtpu; install it (on Linux) with"
+            " pip install '.[tpu]'"
+        )
+
+
+def checks(config: Config, batch_sizes: Sequence[int], devices: Sequence[jax.Device]) -> Checks:
+    """What there is to compile, each with its name and its batch size.
+
+    Args:
+      config: of one method; `compare` is empty.
+      batch_sizes: images of all chips together.
+      devices: the chips.
+
+    Returns:
+      The mesh, and functions that give `jax.jit(...).lower(...)`; nothing is traced yet.
+
+    Raises:
+      ConfigError: the config does not fit the chips or a batch size, or is not for ImageNet.
+    """
+    if config.dataset.split(":")[0] != "imagenet2012":
+        raise ConfigError(
+            f"dataset={config.dataset!r} must be 'imagenet2012', whose shapes are built in"
+        )
+    configs = [dataclasses.replace(config, batch_size=size) for size in batch_sizes]
+    datasets = [ImageNetShapes(meshes.make_mesh(c, devices), c.image_size) for c in configs]
+    if config.num_classes not in (0, datasets[0].num_classes):
+        raise ConfigError(
+            f"num_classes={config.num_classes} must be {datasets[0].num_classes}, or 0"
+        )
+    for one, dataset in zip(configs, datasets, strict=True):
+        build.check(one, data.steps_per_epoch(one, dataset))
+
+    mesh = datasets[0].mesh
+
+    @functools.cache
+    def of(index: int) -> tuple[ModelFunctions, MethodFunctions]:
+        model = model_functions(configs[index], datasets[index])
+        return model, method_functions(configs[index], datasets[index], model)
+
+    def evaluation(index: int) -> Any:
+        return programs.lower_evaluate(of(index)[0], mesh)
+
+    def training_step(index: int) -> Any:
+        return programs.lower_step(*of(index), mesh)
+
+    found: list[tuple[str, int | None, Callable[[], Any]]] = []
+    if config.topology in ("set", "rigl"):
+        found.append(("topology update", None, lambda: lower_topology_update(of(0)[1])))
+    for index, size in enumerate(batch_sizes):
+        found.append(("evaluation", size, functools.partial(evaluation, index)))
+        found.append(("training step", size, functools.partial(training_step, index)))
+    return Checks(mesh, found)
+
+
+def lower_topology_update(method: MethodFunctions) -> Any:
+    """One topology update given a gradient, ready to be compiled; it uses its memory again."""
+
+    def update(opt_state: Any, params: Any, gradient: Any) -> tuple[Any, Any]:
+        return sx.update_topology(method.tx, opt_state, params, gradient)
+
+    params, _, opt_state = method.state
+    out = programs.shardings(params), programs.shardings(opt_state)
+    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
+    return jitted.lower(opt_state, params, params)
+
+
+def compile_program(program: str, batch_size: int | None, lower: Callable[[], Any]) -> Compiled:
+    """Compiles one program, and asks the compiler about it."""
+    begin = time.monotonic()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(program, batch_size, time.monotonic() - begin, error=_first_line(error))
+    seconds = time.monotonic() - begin
+    memory = compiled.memory_analysis()
+    return Compiled(
+        program=program,
+        batch_size=batch_size,
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        reused=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        flops=compiled.cost_analysis().get("flops"),
+        collectives=hlo.collectives(compiled.as_text()),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _row(*cells: str) -> str:
+    batch, program, *numbers, last = cells
+    widths = (9, 12, 13, 9, 9, 12)
+    middle = "".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
+    return f"{batch:<7}{program:<15}{middle}  {last}".rstrip()
+
+
+def as_row(compiled: Compiled) -> str:
+    """A line of the table."""
+    batch = "any" if compiled.batch_size is None else str(compiled.batch_size)
+    seconds = f"{compiled.seconds:.0f}"
+    if compiled.error is not None:
+        return f"{batch:<7}{compiled.program:<15}{seconds:>9}  {compiled.error}"
+    sizes = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.peak)
+    found = (compiled.collectives or {}).items()
+    return _row(
+        batch,
+        compiled.program,
+        seconds,
+        *(f"{size / _MIB:.1f}" for size in sizes if size is not None),
+        "?" if compiled.flops is None else f"{compiled.flops / 1e9:.1f}",
+        ", ".join(f"{c.count} {kind} ({_size(c.bytes)})" for kind, c in found) or "none",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / _MIB:.1f} MiB" if count >= _MIB else f"{count} B"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for."""
+
+    topology: str
+    config: Config
+    batch_sizes: tuple[int, ...]
+    json: pathlib.Path | None
+    command: str
+
+
+def _parse(argv: Sequence[str]) -> _Asked:
+    parser = command_line.Parser(
+        prog=_PROGRAM,
+        description="Compiles training for TPUs that are not there.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", metavar="NAME", help="the chips, e.g. v5e:4x4")
+    parser.add_argument(
+        "--batch_size", metavar="N,...", default="1024,4096", help="batch sizes (1024,4096)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="where to write the result as JSON")
+    parser.add_argument(
+        "--config", metavar="FILE", default=str(_CONFIG), help="by default imagenet_resnet50.py"
+    )
+    command_line.add_overrides(parser)
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(command_line.unknown_argument(unknown[0], _ARGUMENTS))
+    if given.topology is None:
+        raise ConfigError("--topology is missing, e.g. --topology=v5e:4x4")
+    overrides = command_line.overrides(given)
+    if "batch_size" in overrides:
+        raise ConfigError(f"--config.batch_size: give --batch_size={overrides['batch_size']}")
+    sizes = _batch_sizes(given.batch_size)
+    # At once, since the config's own batch size need not fit the other overrides.
+    overrides |= {"compare": (), "batch_size": sizes[0]}
+    config = dataclasses.replace(command_line.load_config(pathlib.Path(given.config)), **overrides)
+    path = None if given.json is None else pathlib.Path(given.json)
+    if path is not None:  # what cannot work is said before minutes have passed
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"--json={path}: {path.parent} must be a folder to write to")
+        if path.is_dir():
+            raise ConfigError(f"--json={path} must be a file, and is a folder")
+    return _Asked(given.topology, config, sizes, path, f"{_PROGRAM} {shlex.join(argv)}")
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(SPECS["batch_size"].parse(item) for item in text.split(","))
+    except ConfigError as error:
+        raise ConfigError(f"--{error}, or several with commas between them") from None
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f"--batch_size={text} names one of them twice")
+    return sizes
+
+
+def check(asked: _Asked) -> int:
+    """Compiles everything, and prints a line for each program; returns the exit code."""
+    devices = topology_devices(asked.topology)
+    mesh, todo = checks(asked.config, asked.batch_sizes, devices)
+    memory = GENERATIONS[asked.topology.partition(":")[0]].memory
+    config, chips = asked.config, dict(mesh.shape)
+    print(
+        f"{config.model}, {config.dtype}, images of {config.image_size}x{config.image_size} pixels;"
+        f" topology={config.topology} distribution={config.distribution}"
+        f" sparsity={config.sparsity:g} optimizer={config.optimizer}\n"
+        f"{asked.topology}: {len(devices)} chips ({devices[0].device_kind}) of {memory} GiB;"
+        f" data={chips['data']} fsdp={chips['fsdp']} bn_groups={config.bn_groups}\n"
+    )
+    memories = ("arguments", "temporaries", "outputs", "peak")
+    print(_row("batch", "program", "compile", *memories, "GFLOP", "collectives"))
+    print(_row("", "", "s", *("MiB/chip",) * 4, "per chip", "results on one chip"), flush=True)
+    found = []
+    for program, batch_size, lower in todo:
+        found.append(compile_program(program, batch_size, lower))
+        print(as_row(found[-1]), flush=True)
+    if asked.json is not None:
+        environment = metrics.environment()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            environment["versions"]["libtpu"] = importlib.metadata.version("libtpu")
+        record = {
+            "command": asked.command,
+            "topology": asked.topology,
+            "chips": len(devices),
+            "device_kind": devices[0].device_kind,
+            "memory_gib_per_chip": memory,
+            "mesh": chips,
+            "config": dataclasses.asdict(config),
+            "programs": [compiled.as_json() for compiled in found],
+            "environment": environment,
+        }
+        metrics.write_json(asked.json, record)
+    return 1 if any(compiled.error for compiled in found) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code.
+
+    That is 0, 1 (a program cannot be compiled, e.g. for want of memory; a full disk), or 2 (wrong
+    setting).
+    """
+    # The host computes nothing but shapes; a TPU or GPU that it has is left to others.
+    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    try:
+        return check(_parse(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
