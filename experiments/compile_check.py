@@ -27,9 +27,13 @@ import os
 import pathlib
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +41,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-import sparseopt_jax as sx
 from experiments import build, command_line, data, hlo, metrics, programs
 from experiments import mesh as meshes
 from experiments.config import SPECS, Config, ConfigError
@@ -69,26 +72,27 @@ class Generation(NamedTuple):
 
     Attributes:
       memory: of a chip, in GiB.
-      dimensions: of the torus that the chips form.
-      examples: layouts, from the smallest on.
+      layouts: of chips; those that there are, or the usual ones.
+      more: what other layouts look like.
       options: what else libtpu has to know.
     """
 
     memory: int
-    dimensions: int
-    examples: tuple[str, ...]
-    options: dict[str, Any]
+    layouts: tuple[str, ...]
+    more: re.Pattern[str] | None = None
+    options: Mapping[str, Any] = types.MappingProxyType({})
 
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_CUBE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
 
 GENERATIONS = {
     # Both cores of a chip as one device, as jax has them on a real one.
-    "v4": Generation(32, 3, _CUBES, {"chip_config_name": "megacore"}),
-    "v5e": Generation(16, 2, _PLANES, {}),
-    "v5p": Generation(95, 3, _CUBES, {}),
-    "v6e": Generation(32, 2, _PLANES, {}),
+    "v4": Generation(32, _CUBES, _CUBE, {"chip_config_name": "megacore"}),
+    "v5e": Generation(16, _PLANES),
+    "v5p": Generation(95, _CUBES, _CUBE),
+    "v6e": Generation(32, _PLANES),
 }
 """By the name that a topology starts with."""
 
@@ -112,18 +116,6 @@ class ImageNetShapes:
     def eval_batches(self) -> Iterator[data.EvalBatch]:
         """There are none."""
         raise NotImplementedError
-
-
-class Checks(NamedTuple):
-    """What to compile.
-
-    Attributes:
-      mesh: the chips.
-      programs: name, batch size (None where it has no batch), and what gives the lowered program.
-    """
-
-    mesh: Mesh
-    programs: list[tuple[str, int | None, Callable[[], Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +150,6 @@ class Compiled:
     flops: float | None = None
     collectives: dict[str, hlo.Collective] | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """As JSON has it."""
-        found = {kind: dataclasses.asdict(c) for kind, c in (self.collectives or {}).items()}
-        return vars(self) | {"collectives": None if self.error else found}
-
 
 def topology_devices(name: str) -> Sequence[jax.Device]:
     """The chips of a topology, for which programs can be compiled but not run.
@@ -175,12 +162,14 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     """
     generation, _, layout = name.partition(":")
     known = GENERATIONS.get(generation)
-    right = known and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout)
-    if not known or not right or layout.count("x") != known.dimensions - 1:
+    right = known and (layout in known.layouts or (known.more and known.more.fullmatch(layout)))
+    if not known or not right:
         raise ConfigError(_unknown_topology(name))
-    if known.dimensions == 2 and layout not in known.examples:
-        raise ConfigError(_unknown_topology(name))
-    _check_libtpu()
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ConfigError(
+            "the compiler for TPUs is missing: no module named libtpu; install it (on Linux) with"
+            " pip install '.[tpu]'"
+        )
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     options = dict(known.options)
@@ -195,21 +184,15 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
 def _unknown_topology(name: str) -> str:
     lines = [f"--topology={name} must be a TPU generation and its layout of chips, such as one of"]
     for generation, known in GENERATIONS.items():
-        more = ", ..." if known.dimensions == 3 else ""
-        lines.append(", ".join(f"{generation}:{layout}" for layout in known.examples) + more)
+        names = [f"{generation}:{layout}" for layout in known.layouts]
+        lines.append(", ".join(names + ["..."] * (known.more is not None)))
     return "\n".join(lines)
 
 
-def _check_libtpu() -> None:
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ConfigError(
-            "the compiler for TPUs is missing: no module named libtpu; install it (on Linux) with"
-            " pip install '.[tpu]'"
-        )
-
-
-def checks(config: Config, batch_sizes: Sequence[int], devices: Sequence[jax.Device]) -> Checks:
-    """What there is to compile, each with its name and its batch size.
+def lowerings(
+    config: Config, batch_sizes: Sequence[int], devices: Sequence[jax.Device]
+) -> tuple[Mesh, list[tuple[str, int | None, Callable[[], Any]]]]:
+    """What there is to compile.
 
     Args:
       config: of one method; `compare` is empty.
@@ -217,7 +200,8 @@ def checks(config: Config, batch_sizes: Sequence[int], devices: Sequence[jax.Dev
       devices: the chips.
 
     Returns:
-      The mesh, and functions that give `jax.jit(...).lower(...)`; nothing is traced yet.
+      The mesh; and for each program its name, its batch size (None where it has none), and what
+      gives `jax.jit(...).lower(...)`. Nothing is traced yet.
 
     Raises:
       ConfigError: the config does not fit the chips or a batch size, or is not for ImageNet.
@@ -250,23 +234,11 @@ def checks(config: Config, batch_sizes: Sequence[int], devices: Sequence[jax.Dev
 
     found: list[tuple[str, int | None, Callable[[], Any]]] = []
     if config.topology in ("set", "rigl"):
-        found.append(("topology update", None, lambda: lower_topology_update(of(0)[1])))
+        found.append(("topology update", None, lambda: programs.lower_topology_update(of(0)[1])))
     for index, size in enumerate(batch_sizes):
         found.append(("evaluation", size, functools.partial(evaluation, index)))
         found.append(("training step", size, functools.partial(training_step, index)))
-    return Checks(mesh, found)
-
-
-def lower_topology_update(method: MethodFunctions) -> Any:
-    """One topology update given a gradient, ready to be compiled; it uses its memory again."""
-
-    def update(opt_state: Any, params: Any, gradient: Any) -> tuple[Any, Any]:
-        return sx.update_topology(method.tx, opt_state, params, gradient)
-
-    params, _, opt_state = method.state
-    out = programs.shardings(params), programs.shardings(opt_state)
-    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
-    return jitted.lower(opt_state, params, params)
+    return mesh, found
 
 
 def compile_program(program: str, batch_size: int | None, lower: Callable[[], Any]) -> Compiled:
@@ -297,24 +269,24 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
+_COLUMNS = ("compile", "arguments", "temporaries", "outputs", "peak", "GFLOP", "collectives")
+_UNITS = ("s", *("MiB/chip",) * 4, "per chip", "results on one chip")
+
+
 def _row(*cells: str) -> str:
-    batch, program, *numbers, last = cells
-    widths = (9, 12, 13, 9, 9, 12)
-    middle = "".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
-    return f"{batch:<7}{program:<15}{middle}  {last}".rstrip()
+    *numbers, last = cells
+    widths = (9, 12, 13, 10, 10, 10)
+    return "".join(map(str.rjust, numbers, widths)) + f"  {last}"
 
 
 def as_row(compiled: Compiled) -> str:
-    """A line of the table."""
-    batch = "any" if compiled.batch_size is None else str(compiled.batch_size)
+    """What the table says of a program, behind its name."""
     seconds = f"{compiled.seconds:.0f}"
     if compiled.error is not None:
-        return f"{batch:<7}{compiled.program:<15}{seconds:>9}  {compiled.error}"
+        return f"{seconds:>9}  {compiled.error}"
     sizes = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.peak)
     found = (compiled.collectives or {}).items()
     return _row(
-        batch,
-        compiled.program,
         seconds,
         *(f"{size / _MIB:.1f}" for size in sizes if size is not None),
         "?" if compiled.flops is None else f"{compiled.flops / 1e9:.1f}",
@@ -386,7 +358,7 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 def check(asked: _Asked) -> int:
     """Compiles everything, and prints a line for each program; returns the exit code."""
     devices = topology_devices(asked.topology)
-    mesh, todo = checks(asked.config, asked.batch_sizes, devices)
+    mesh, todo = lowerings(asked.config, asked.batch_sizes, devices)
     memory = GENERATIONS[asked.topology.partition(":")[0]].memory
     config, chips = asked.config, dict(mesh.shape)
     print(
@@ -396,11 +368,12 @@ def check(asked: _Asked) -> int:
         f"{asked.topology}: {len(devices)} chips ({devices[0].device_kind}) of {memory} GiB;"
         f" data={chips['data']} fsdp={chips['fsdp']} bn_groups={config.bn_groups}\n"
     )
-    memories = ("arguments", "temporaries", "outputs", "peak")
-    print(_row("batch", "program", "compile", *memories, "GFLOP", "collectives"))
-    print(_row("", "", "s", *("MiB/chip",) * 4, "per chip", "results on one chip"), flush=True)
+    print(f"{'batch':<7}{'program':<15}{_row(*_COLUMNS)}\n{'':22}{_row(*_UNITS)}")
     found = []
     for program, batch_size, lower in todo:
+        # The name at once: it takes minutes, and the compiler may end the process.
+        name = f"{'any' if batch_size is None else batch_size:<7}{program:<15}"
+        print(name, end="", flush=True)
         found.append(compile_program(program, batch_size, lower))
         print(as_row(found[-1]), flush=True)
     if asked.json is not None:
@@ -415,7 +388,7 @@ def check(asked: _Asked) -> int:
             "memory_gib_per_chip": memory,
             "mesh": chips,
             "config": dataclasses.asdict(config),
-            "programs": [compiled.as_json() for compiled in found],
+            "programs": [dataclasses.asdict(compiled) for compiled in found],
             "environment": environment,
         }
         metrics.write_json(asked.json, record)
@@ -423,7 +396,7 @@ def check(asked: _Asked) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code.
+    """Does what the command line asks for, in this process; returns the exit code.
 
     That is 0, 1 (a program cannot be compiled, e.g. for want of memory; a full disk), or 2 (wrong
     setting).
@@ -440,5 +413,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_CHILD = "import sys; from experiments import compile_check; sys.exit(compile_check.main())"
+
+
+def command(argv: Sequence[str]) -> int:
+    """Runs `main` in a process of its own, since the compiler may abort; returns the exit code.
+
+    Where that happens it is 1, what was printed until then stands, and the compiler's own words are
+    kept in a file.
+    """
+    handle, path = tempfile.mkstemp(prefix="compile_check-", suffix=".log")
+    log = pathlib.Path(path)
+    with open(handle, "w") as file:
+        try:
+            code = subprocess.run([sys.executable, "-c", _CHILD, *argv], stderr=file).returncode
+        except KeyboardInterrupt:
+            log.unlink()
+            return 130
+    text = log.read_text(errors="replace")
+    if code >= 0:
+        sys.stderr.write(text)
+        log.unlink()
+        return code
+    reason = re.search(r"Check failed: .{1,200}|SIG[A-Z]+( [A-Z]+)+", text)
+    print(
+        f"\nerror: the compiler's process ended with {signal.Signals(-code).name} on this program:"
+        f" {reason[0] if reason else 'it gave no reason'}\nits log: {log}",
+        file=sys.stderr,
+    )
+    return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(sys.argv[1:]))

@@ -122,6 +122,18 @@ def lower_step(model: ModelFunctions, method: MethodFunctions, mesh: Mesh) -> An
     return jitted.lower(method.state, *model.batch)
 
 
+def lower_topology_update(method: MethodFunctions) -> Any:
+    """One topology update given a gradient, ready to be compiled; it uses its memory again."""
+
+    def update(opt_state: Any, params: Any, gradient: Any) -> tuple[Any, Any]:
+        return sx.update_topology(method.tx, opt_state, params, gradient)
+
+    params, _, opt_state = method.state
+    out = shardings(params), shardings(opt_state)
+    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
+    return jitted.lower(opt_state, params, params)
+
+
 def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> MethodPrograms:
     """Compiles the training step of one method.
 

@@ -229,6 +229,38 @@ def test_a_program_that_does_not_fit(on_cpu, tmp_path, monkeypatch, capsys):
     assert re.search(r"^64 +training step .*26.76G exceeds 15.75G.$", capsys.readouterr().out, re.M)
 
 
+CRASH = """
+import os, sys
+print("1024   training step  ", end="", flush=True)
+sys.stderr.write("F1122 emitter.cc:1] Check failed: no window\\n  @ 0x7fa5  frame")
+os.abort()
+"""
+
+
+def test_a_compiler_that_crashes(monkeypatch, tmp_path, capfd):
+    """Its last words and the file that has all of them, in the place of hundreds of lines."""
+    monkeypatch.setattr(compile_check, "_CHILD", CRASH)
+    monkeypatch.setattr(compile_check.tempfile, "tempdir", str(tmp_path))
+    assert compile_check.command(["--topology=v5e:4x4"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "1024   training step  "
+    (log,) = tmp_path.iterdir()
+    assert "frame" in log.read_text()
+    assert "SIGABRT on this program: Check failed: no window" in err
+    assert str(log) in err
+    assert "frame" not in err
+
+
+def test_the_command_passes_on_what_it_is_told(monkeypatch, tmp_path, capfd):
+    """Arguments, text, exit code; and leaves no file behind."""
+    child = "import sys; print(*sys.argv[1:]); print('error: so', file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(compile_check, "_CHILD", child)
+    monkeypatch.setattr(compile_check.tempfile, "tempdir", str(tmp_path))
+    assert compile_check.command(["--topology=v5e:4x4", "--batch_size=8"]) == 2
+    assert capfd.readouterr() == ("--topology=v5e:4x4 --batch_size=8\n", "error: so\n")
+    assert not list(tmp_path.iterdir())
+
+
 WRONG = {
     "": "--topology is missing, e.g. --topology=v5e:4x4",
     "--topolgy=v5e:4x4": "Did you mean '--topology'?",

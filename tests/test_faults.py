@@ -108,7 +108,7 @@ def test_the_undisturbed_run(whole):
 
 
 @pytest.mark.parametrize("step", [1, 33, 40])
-def test_sigterm_in_a_step(step, whole, tmp_path, monkeypatch, capsys):
+def test_sigterm_in_a_step(step, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     stop_at(folder, step)
     said = capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_the_best_is_kept_where_its_evaluation_was_interrupted(tmp_path, monkeyp
     assert saved_steps(folder) == [22, 26, 27]
 
 
-def test_stopped_over_and_over(whole, tmp_path, monkeypatch):
+def test_stopped_over_and_over(whole, tmp_path):
     folder = tmp_path / "run"
     for step in range(5, STEPS, 9):
         stop_at(folder, step)
@@ -204,7 +204,7 @@ def cut_short(path):
     largest.write_bytes(largest.read_bytes()[:500])
 
 
-def test_a_damaged_checkpoint(whole, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint(whole, tmp_path, capsys):
     folder = tmp_path / "run"
     stop_at(folder, 31)
     before = saved_steps(folder)[-2]
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint(whole, tmp_path, monkeypatch, capsys):
     assert compare(whole, folder).difference is None
 
 
-def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, monkeypatch, capsys):
+def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, capsys):
     folder = tmp_path / "run"
     stop_at(folder, 5)
     cut_short(folder / RUN / "checkpoints/5")
@@ -232,7 +232,7 @@ def test_where_no_checkpoint_can_be_used_the_run_does_not_begin_anew(tmp_path, m
     assert lines_of(folder) == lines
 
 
-def test_checkpoints_of_another_config_are_refused(whole, tmp_path, monkeypatch, capsys):
+def test_checkpoints_of_another_config_are_refused(whole, tmp_path, capsys):
     """Also where `config.json` does not tell any more."""
     folder = tmp_path / "run"
     stop_at(folder, 20)
@@ -330,9 +330,10 @@ def set_bias(leaf):
             "the running statistics of norm1/var",
         ),
     ],
+    ids=["output", "loss", "statistics"],
 )
 def test_a_diverged_run_stops_and_keeps_its_last_finite_checkpoint(
-    path, change, what, where, compiled, tmp_path, monkeypatch, capsys
+    path, change, what, where, compiled, tmp_path, capsys
 ):
     folder = tmp_path / "run"
     stop_at(folder, 23)
