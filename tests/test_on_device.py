@@ -163,7 +163,7 @@ def test_eval_batches_hold_every_example_once(examples, batch_size):
 
 def test_evaluation_counts_every_test_example_once(digits):
     """Against one unpadded batch, normalised in NumPy; 355 images do not fill batches of 100."""
-    config = Config(model="mlp", hidden=8, batch_size=100)
+    config = Config(model="mlp", hidden=8, batch_size=100, mesh_data=1)
     loaded = data.load(config)
     model = programs.compile_model(config, loaded)
     params, batch_stats = model.init(jnp.int32(0))
@@ -171,7 +171,7 @@ def test_evaluation_counts_every_test_example_once(digits):
     train, test = (np.asarray(s.images, np.float64) for s in (digits.train, digits.test))
     images = jnp.asarray((test - train.mean()) / train.std(), jnp.float32)
     variables = {"params": params, "batch_stats": batch_stats}
-    logits = np.asarray(model.module.apply(variables, images, train=False))
+    logits = np.asarray(model.functions.module.apply(variables, images, train=False))
     labels = np.asarray(digits.test.labels)
     assert len(labels) % 100 != 0
     examples, correct, losses = (sum(map(float, column)) for column in zip(*sums, strict=True))
