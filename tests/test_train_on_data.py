@@ -44,11 +44,11 @@ MLP = Config(
 )  # fmt: skip
 
 
-def test_a_narrow_resnet50_on_imagenet(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_narrow_resnet18_on_imagenet(tmp_path, tmp_path_factory, monkeypatch):
     """160 + 64 images through the real builder; the number of workers changes no bit."""
     prepared = make_data.prepared_imagenet(tmp_path_factory)
     config = Config(
-        mesh_data=1, dataset="imagenet2012", data_dir=str(prepared.data_dir), model="resnet50",
+        mesh_data=1, dataset="imagenet2012", data_dir=str(prepared.data_dir), model="resnet18",
         base_channels=2, image_size=32, batch_size=24, epochs=1, topology="static", sparsity=0.8,
         log_every=2, learning_rate=0.01, diagnostics_every=0, loader_threads=1,
     )  # fmt: skip
