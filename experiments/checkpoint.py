@@ -31,7 +31,7 @@ from experiments import distributed
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written; the message says why, and which is the last good one."""
+    """A checkpoint cannot be written, or none of them be used; the message says why."""
 
 
 class DamagedError(ValueError):
@@ -84,7 +84,6 @@ class Checkpoints:
             self._put_aside_unreadable()
             self._orbax = self._open()
         self._saving: tuple[int, Any] | None = None
-        self._written: int | None = None
 
     def __enter__(self) -> Self:
         """The checkpoints themselves."""
@@ -157,7 +156,6 @@ class Checkpoints:
             response.result()
         except (ValueError, OSError, RuntimeError) as error:
             raise self._cannot_write(step, error) from error
-        self._written = step
 
     def _cannot_write(self, step: int, error: BaseException) -> CheckpointError:
         good = [other for other in self.steps() if (self._folder / str(other)).is_dir()]

@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,6 @@ from jax.sharding import Mesh
 from experiments import build, command_line, data, hlo, metrics, programs
 from experiments import mesh as meshes
 from experiments.config import SPECS, Config, ConfigError
-from experiments.data import CorruptExamples
 from experiments.functions import (
     MethodFunctions,
     ModelFunctions,
@@ -98,24 +97,17 @@ GENERATIONS = {
 
 
 class ImageNetShapes:
-    """What the programs need of ImageNet; see `data.Data`. It has no images."""
+    """What compilation needs of ImageNet; see `data.Shapes`."""
+
+    num_classes = 1000
+    train_examples = 1_281_167
+    # Of no consequence for what is compiled.
+    mean, std = np.full(3, 127.5, np.float32), np.full(3, 60.0, np.float32)
 
     def __init__(self, mesh: Mesh, image_size: int) -> None:
-        """Keeps what it is given; the mean and the deviation are of no consequence."""
+        """For images of `image_size` pixels in height and in width."""
         self.mesh = mesh
-        self.num_classes = 1000
         self.image_shape = (image_size, image_size, 3)
-        self.mean, self.std = np.full(3, 127.5, np.float32), np.full(3, 60.0, np.float32)
-        self.train_examples = 1_281_167
-        self.corrupt = CorruptExamples(0)
-
-    def train_batches(self, seed: int, first_step: int) -> Iterator[data.Split]:
-        """There are none."""
-        raise NotImplementedError
-
-    def eval_batches(self) -> Iterator[data.EvalBatch]:
-        """There are none."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

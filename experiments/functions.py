@@ -83,7 +83,7 @@ class MethodFunctions:
     state: State
 
 
-def model_functions(config: Config, dataset: data.Data) -> ModelFunctions:
+def model_functions(config: Config, dataset: data.Shapes) -> ModelFunctions:
     """Initial weights and evaluation.
 
     Args:
@@ -126,7 +126,9 @@ def model_functions(config: Config, dataset: data.Data) -> ModelFunctions:
     return ModelFunctions(module, init, evaluate, (params, batch_stats), batch, layers)
 
 
-def method_functions(config: Config, dataset: data.Data, model: ModelFunctions) -> MethodFunctions:
+def method_functions(
+    config: Config, dataset: data.Shapes, model: ModelFunctions
+) -> MethodFunctions:
     """The training step of one method, and what is measured beside it.
 
     Args:
@@ -239,7 +241,7 @@ def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights_key, masks_key
 
 
-def _normalise(images: jax.Array, dataset: data.Data) -> jax.Array:
+def _normalise(images: jax.Array, dataset: data.Shapes) -> jax.Array:
     """Images of a batch, uint8, to mean 0 and variance 1 per channel, float32."""
     shape = (1, 1, 1, -1)
     mean, std = dataset.mean.reshape(shape), dataset.std.reshape(shape)

@@ -27,8 +27,8 @@ _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
 
 
-class Data(Protocol):
-    """What training needs of a dataset.
+class Shapes(Protocol):
+    """What compilation needs of a dataset: everything but its images.
 
     Attributes:
       mesh: the devices that batches are shared out over.
@@ -37,7 +37,6 @@ class Data(Protocol):
       mean: what to subtract from the values of a batch, float32, (channels,).
       std: what to divide by after that, float32, (channels,).
       train_examples: how many images there are to train on.
-      corrupt: images that were left out.
     """
 
     mesh: Mesh
@@ -46,6 +45,15 @@ class Data(Protocol):
     mean: np.ndarray
     std: np.ndarray
     train_examples: int
+
+
+class Data(Shapes, Protocol):
+    """What training needs of a dataset.
+
+    Attributes:
+      corrupt: images that were left out.
+    """
+
     corrupt: CorruptExamples
 
     def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
@@ -255,7 +263,7 @@ def _augmentation(config: Config, streamed: bool) -> str:
     return config.augmentation
 
 
-def steps_per_epoch(config: Config, data: Data) -> int:
+def steps_per_epoch(config: Config, data: Shapes) -> int:
     """Full batches in an epoch; raises ConfigError where there is none."""
     if config.batch_size > data.train_examples:
         raise ConfigError(
