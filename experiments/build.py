@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import sparseopt_jax as sx
@@ -110,17 +112,76 @@ def make_optimizer(
 
 
 def _inner_optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
-    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
-    sparseopt = {"weight_decay": config.weight_decay, "average_over": average_over(config)} | sgd
-    ham: dict[str, Any] = {"alpha": config.ham_alpha, "beta": config.ham_beta}
-    if config.optimizer == "sparseopt":
-        return sx.sparseopt(rate, **sparseopt)
-    if config.optimizer == "sparseopt_ham":
-        return sx.sparseopt_ham(rate, **sparseopt, **ham)
-    baseline = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), optax.sgd(rate, **sgd)
+    # The recipes of the library, `sx.sparseopt` and `sx.sparseopt_ham`, link by link, so that the
+    # study can put `rescale` in between.
+    inner = optax.chain(
+        _gradient_as_used(config),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_kernel),
+        optax.sgd(rate, momentum=config.momentum, nesterov=config.nesterov),
     )
-    return sx.ham(baseline, rate, **ham) if config.optimizer == "ham" else baseline
+    if config.optimizer in ("ham", "sparseopt_ham"):
+        return sx.ham(inner, rate, alpha=config.ham_alpha, beta=config.ham_beta)
+    return inner
+
+
+def _gradient_as_used(config: Config) -> optax.GradientTransformation:
+    """The gradient, corrected and rescaled where the config says so."""
+    corrected = optax.identity()
+    if config.optimizer in ("sparseopt", "sparseopt_ham"):
+        corrected = sx.scale_by_sparseopt(average_over(config), layers=corrected_layers(config))
+        if config.rescale == "raw_norm":
+            corrected = _keep_norm(corrected)
+    if config.rescale == "unit_norm":
+        return optax.chain(corrected, optax.normalize_by_update_norm())
+    return corrected
+
+
+def _keep_norm(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, with updates scaled to the norm, over all leaves, of what it was given."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        changed, state = inner.update(updates, state, params, **extra)
+        before, after = optax.tree.norm(updates), optax.tree.norm(changed)
+        scale = jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
+        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), changed), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def corrected_layers(config: Config) -> Callable[[str], bool] | None:
+    """Which layers SparseOpt corrects, by path; None: all."""
+    if config.correct == "all":
+        return None
+    return lambda path: not path.startswith("head/")  # every other kernel of these models has one
+
+
+def unequal_masks(masks: Any, spread: float, key: jax.Array) -> Any:
+    """Masks that keep as many weights in each layer, shared out unequally among its neurons.
+
+    The weights of a layer are drawn without replacement, each with a probability in proportion to
+    its neuron's weight, whose log is normal with standard deviation `spread`.
+
+    Args:
+      masks: bool arrays; those that are True everywhere stay so.
+      spread: of the logs, at least 0.
+      key: a JAX random key.
+
+    Returns:
+      Bool arrays of the same structure, shapes and numbers of active weights.
+    """
+    leaves, structure = jax.tree.flatten(masks)
+
+    def redraw(mask: jax.Array, key: jax.Array) -> jax.Array:
+        neuron_key, weight_key = jax.random.split(key)
+        log_weights = spread * jax.random.normal(neuron_key, mask.shape[-1:])
+        # Gumbel noise on the logs: the largest k are such a draw.
+        noise = jax.random.gumbel(weight_key, mask.shape)
+        scores = noise + log_weights.reshape((1,) * (mask.ndim - 1) + (-1,))
+        return sx.top_k_mask(scores, mask.sum(dtype=jnp.int32))
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, map(redraw, leaves, keys))
 
 
 def average_over(config: Config) -> str | None:

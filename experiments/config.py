@@ -81,6 +81,15 @@ class Config:
         " images, mirrored too; auto: none for digits and the MNIST family's figures, else"
         " crop_flip, or random_resized_crop where streamed",
     ] = "auto"
+    pool: Annotated[
+        int,
+        "average-pools images on the device over squares of so many pixels a side, e.g. 2: from"
+        " 28x28 to 14x14",
+        _POSITIVE,
+    ] = 1
+    pairs: Annotated[
+        bool, "shows two images side by side, to be told both: the number of classes squared"
+    ] = False
     image_size: Annotated[int, "height and width that streamed images are scaled to", _POSITIVE] = (
         224
     )
@@ -128,6 +137,12 @@ class Config:
     distribution: Annotated[
         Literal["uniform", "er", "erk"], "how the sparsity is spread over the layers"
     ] = "erk"
+    fan_in_spread: Annotated[
+        float,
+        "unequal fan-ins at the start: standard deviation, over a layer's neurons, of the log of"
+        " how likely a neuron's weights are to be kept; 0: all weights alike",
+        _NON_NEGATIVE,
+    ] = 0.0
     topology: Annotated[
         Literal["static", "set", "rigl", "dense"], "how the masks change; dense has no masks"
     ] = "rigl"
@@ -150,6 +165,16 @@ class Config:
     average_over: Annotated[
         Literal["layer", "network", "none"], "what SparseOpt's average sparsity is taken over"
     ] = "layer"
+    correct: Annotated[
+        Literal["all", "normalised"],
+        "layers that SparseOpt corrects: all sparse ones, as in the paper, or those alone that a"
+        " normalisation follows, which the last layer is not among",
+    ] = "all"
+    rescale: Annotated[
+        Literal["none", "raw_norm", "unit_norm"],
+        "norm of the gradient, over all parameters, once it is corrected: its own; that of the"
+        " gradient before, so that only the direction differs; or 1, for SGD too",
+    ] = "none"
     ham_alpha: Annotated[float, "strength of HAM's multiplicative step", _NON_NEGATIVE] = 200.0
     ham_beta: Annotated[float, "decay rate of HAM's multiplicative step", _NON_NEGATIVE] = 1e-3
     learning_rate: Annotated[float, "peak learning rate", Range(0, open_low=True)] = 0.1
@@ -185,6 +210,9 @@ class Config:
         "methods to run side by side, e.g. dense,sgd,sparseopt; empty: only the one configured",
     ] = ()
     eval_every: Annotated[int, "epochs between evaluations", _POSITIVE] = 1
+    eval_steps: Annotated[
+        int, "steps between further evaluations, for curves within an epoch; 0: none", Range(0)
+    ] = 0
     log_every: Annotated[int, "steps between lines in metrics.jsonl", _POSITIVE] = 10
     loggers: Annotated[
         tuple[LoggerName, ...],

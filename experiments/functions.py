@@ -18,6 +18,7 @@ import sparseopt_jax as sx
 from experiments import build, data, metrics
 from experiments import mesh as meshes
 from experiments.config import Config
+from sparseopt_jax.flops import flops as count_flops
 
 SEED = meshes.shaped((), jnp.int32)
 """The shape of a seed."""
@@ -145,6 +146,10 @@ def method_functions(
         opt_state = build.make_optimizer(config, steps_per_epoch, masks_key).init(params)
         if sparse:
             masks = sx.get_masks(opt_state)
+            if config.fan_in_spread:
+                spread_key = jax.random.fold_in(masks_key, 0x73707265)  # apart from all others
+                masks = build.unequal_masks(masks, config.fan_in_spread, spread_key)
+                opt_state = sx.set_masks(opt_state, masks)
             if config.init == "sparse_he_normal":
                 params = sx.scale_to_fan_in(params, masks)
             params = sx.apply_masks(params, masks)
@@ -233,6 +238,40 @@ def method_functions(
             meshes.abstract(state.opt_state, sx.state_shardings(tx, params)),
         ),
     )
+
+
+def flops_per_example(
+    config: Config, dataset: data.Shapes, model: ModelFunctions, masks: Any
+) -> dict[str, float]:
+    """FLOPs that one example costs, by the conventions of `sx.flops`.
+
+    Args:
+      config: the config of a method alone.
+      dataset: gives shapes.
+      model: what `model_functions` returned for the same config.
+      masks: bool arrays on the host, or None for a dense model.
+
+    Returns:
+      `forward_dense`, `forward` with the masks, and `training`: of a training step, averaged over
+      the steps between topology updates.
+    """
+
+    def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats}
+        found: jax.Array = model.module.apply(variables, image, train=False)
+        return found
+
+    params, batch_stats = model.weights
+    image = meshes.shaped((1, *dataset.image_shape), jnp.float32)
+    counted = count_flops(logits, params, masks, batch_stats, image)
+    topology = None
+    if config.topology != "dense":
+        topology = build.make_topology(config, data.steps_per_epoch(config, dataset))
+    return {
+        "forward_dense": float(counted.dense),
+        "forward": float(counted.sparse),
+        "training": counted.training(topology),
+    }
 
 
 def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:

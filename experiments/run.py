@@ -23,7 +23,7 @@ import sparseopt_jax as sx
 from experiments import data, distributed, divergence, loggers, metrics, workdir
 from experiments.checkpoint import Checkpoints, all_finite
 from experiments.config import Config
-from experiments.functions import State
+from experiments.functions import State, flops_per_example
 from experiments.programs import MethodPrograms, ModelPrograms
 from experiments.progress import Progress
 from experiments.stepping import Stepper, bound_in_flight
@@ -41,7 +41,7 @@ class Position:
     Attributes:
       step: steps done.
       logged_step: the step of the last line in `metrics.jsonl`.
-      measured_step: the last step at the end of an epoch whose evaluation and diagnostics are done.
+      measured_step: the last step whose evaluation and diagnostics, where due, are done.
       log_bytes: size of `metrics.jsonl`.
       pending: metrics of the steps since the last line, by name; float32 in hexadecimal bytes.
       line: the last line of training metrics.
@@ -251,8 +251,9 @@ class Run:
     def _advance(self, stepper: Stepper) -> None:
         step, config = self._at.step, self._config
         ends = [(step // n + 1) * n for n in (config.log_every, self._per_epoch)]
-        if config.checkpoint_every:
-            ends.append((step // config.checkpoint_every + 1) * config.checkpoint_every)
+        for every in (config.checkpoint_every, config.eval_steps):
+            if every:
+                ends.append((step // every + 1) * every)
         count = min(*ends, self._last_step) - step
         self._state, measured = stepper.advance(self._state, count, self._stop.agreed)
         self._pending += measured
@@ -323,14 +324,16 @@ class Run:
         )
 
     def _evaluate_if_due(self, stepper: Stepper) -> bool:
-        """Evaluates and measures at the end of an epoch; False where it was stopped meanwhile."""
+        """Evaluates and measures where that is due; False where it was stopped meanwhile."""
         at, config = self._at, self._config
         last = at.step == self._last_step
-        if at.step == at.measured_step or (at.step % self._per_epoch and not last):
+        end_of_epoch = last or at.step % self._per_epoch == 0
+        between = config.eval_steps > 0 and at.step % config.eval_steps == 0
+        if at.step == at.measured_step or not (end_of_epoch or between):
             return True
         jax.block_until_ready(self._state)  # type: ignore[no-untyped-call]
         paused, epoch = time.monotonic(), self._epoch()
-        if epoch % config.eval_every == 0 or last:
+        if between or epoch % config.eval_every == 0 or last:
             test = evaluate(self._model, self._state, self._dataset, self._stop)
             if test is None:
                 return False
@@ -343,7 +346,7 @@ class Run:
             (config.diagnostics_every, self._programs.diagnose),
             (config.hessian_every, self._programs.sharpness),
         ):
-            if every and (epoch % every == 0 or last):
+            if every and end_of_epoch and (epoch % every == 0 or last):
                 found |= measure(self._state, *stepper.last_batch())
         if found:
             self._write({"kind": "diagnostics"} | self._where() | jax.device_get(found))
@@ -401,6 +404,9 @@ class Run:
                 **at.test,
                 "train_loss": at.line["loss"], "train_accuracy": at.line["train_accuracy"],
                 "density": at.active / self._maskable, "itop_rate": at.itop_rate,
+                "flops_per_example": flops_per_example(
+                    self._config, self._dataset, self._model.functions, masks
+                ),
                 "active_weights": at.active, "maskable_weights": self._maskable,
                 "corrupt_examples": len(self._dataset.corrupt),
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -21,7 +21,7 @@ from experiments.data.sources import Example
 
 @pytest.fixture(scope="module")
 def digits():
-    return on_device.load_digits()
+    return on_device.make_dataset(*on_device.load_digits(), num_classes=10)
 
 
 def numbered(examples=40, height=5, width=6, channels=1):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments import mesh as meshes
 from experiments.config import Config, ConfigError
-from experiments.data import on_device, sources, streaming
+from experiments.data import on_device, sources, streaming, transforms
 from experiments.data.corrupt import CorruptExamples
 from experiments.data.on_device import EvalBatch, Split
 
@@ -215,8 +215,8 @@ def load(
                     f"{name}={getattr(config, name)!r} must be"
                     f" {' or '.join(map(repr, allowed))} for dataset=digits, which is embedded"
                 )
-        data: DeviceData | StreamedData = DeviceData(
-            on_device.load_digits(mesh), config, corrupt, mesh
+        data: DeviceData | StreamedData = _on_device(
+            *on_device.load_digits(), 10, config, corrupt, mesh
         )
     else:
         data = _open(config, corrupt, mesh)
@@ -242,9 +242,28 @@ def _open(config: Config, corrupt: CorruptExamples, mesh: Mesh) -> DeviceData | 
             " shape"
         )
     if config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES):
+        if config.pool > 1 or config.pairs:
+            raise ConfigError(
+                f"pool={config.pool} and pairs={config.pairs} must be 1 and False, since"
+                f" {config.dataset} is streamed; they are for images on the device"
+            )
         return StreamedData(train, test, config, corrupt, mesh)
     loaded, tests = (on_device.load_split(source, corrupt) for source in (train, test))
-    dataset = on_device.make_dataset(loaded, tests, train.num_classes, mesh)
+    return _on_device(loaded, tests, train.num_classes, config, corrupt, mesh)
+
+
+def _on_device(
+    train: transforms.Images,
+    test: transforms.Images,
+    num_classes: int,
+    config: Config,
+    corrupt: CorruptExamples,
+    mesh: Mesh,
+) -> DeviceData:
+    (train, classes), (test, _) = (
+        transforms.transform(split, num_classes, config) for split in (train, test)
+    )
+    dataset = on_device.make_dataset(train, test, classes, mesh)
     return DeviceData(dataset, config, corrupt, mesh)
 
 

@@ -110,18 +110,21 @@ def split_by_class(labels: np.ndarray, every: int = 5) -> tuple[np.ndarray, np.n
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def load_digits(mesh: Mesh | None = None) -> Dataset:
+def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """1,797 handwritten digits of 8x8 pixels, which scikit-learn embeds; a fifth is for testing.
 
     Values are 0 to 16. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
     Digits, UCI, 1998 (its test set).
+
+    Returns:
+      Images, uint8, (examples, 8, 8, 1), and labels, (examples,), to train and to test on.
     """
     from sklearn import datasets  # imported where it is needed: only this dataset uses it
 
     images, labels = datasets.load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
     train, test = ((images[chosen], labels[chosen]) for chosen in split_by_class(labels))
-    return make_dataset(train, test, num_classes=10, mesh=mesh)
+    return train, test
 
 
 def load_split(source: Source, corrupt: CorruptExamples) -> tuple[np.ndarray, np.ndarray]:
