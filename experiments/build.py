@@ -87,7 +87,7 @@ def check(config: Config, steps_per_epoch: int) -> None:
 
 
 def make_optimizer(
-    config: Config, steps_per_epoch: int, seed: int | jax.Array = 0
+    config: Config, steps_per_epoch: int, seed: int | jax.Array = 0, automatic: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of one method, masks and topology included unless `topology` is dense.
 
@@ -96,6 +96,7 @@ def make_optimizer(
       steps_per_epoch: training steps in an epoch.
       seed: an int or a key, possibly traced, that `init` draws the masks from. It is then kept in
         the state, so an optimizer made with another seed updates that state just the same.
+      automatic: whether its update changes the topology when that is due.
 
     Returns:
       The gradient transformation.
@@ -108,6 +109,7 @@ def make_optimizer(
         distribution=make_distribution(config),
         topology=make_topology(config, steps_per_epoch),
         seed=seed,
+        automatic=automatic,
     )
 
 

@@ -209,6 +209,11 @@ class Config:
         tuple[MethodName, ...],
         "methods to run side by side, e.g. dense,sgd,sparseopt; empty: only the one configured",
     ] = ()
+    batch_runs: Annotated[
+        Literal["auto", "yes", "no"],
+        "train all methods and seeds in one program, for models too small to fill an accelerator;"
+        " auto: on one accelerator with the dataset in its memory, for resnet8, resnet20 and mlp",
+    ] = "auto"
     eval_every: Annotated[int, "epochs between evaluations", _POSITIVE] = 1
     eval_steps: Annotated[
         int, "steps between further evaluations, for curves within an epoch; 0: none", Range(0)

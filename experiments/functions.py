@@ -62,6 +62,8 @@ class MethodFunctions:
       tx: the optimizer.
       start: (params, batch_stats, seed) -> State, with masks and masked weights where sparse.
       loss: (params, batch_stats, images, labels) -> loss, (logits, batch_stats).
+      apply: (params, optimizer state, gradient) -> params, optimizer state, norm of the active
+        weights' gradient.
       step: (State, images, labels) -> State, metrics.
       measure: (optimizer state, earlier masks) -> active weights, mask churn, ITOP rate, and a copy
         of the masks; only for sparse methods.
@@ -76,6 +78,7 @@ class MethodFunctions:
     tx: optax.GradientTransformationExtraArgs
     start: Callable[..., Any]
     loss: Callable[..., Any]
+    apply: Callable[..., Any]
     step: Callable[..., Any]
     measure: Callable[..., Any]
     diagnose: Callable[..., Any]
@@ -128,7 +131,7 @@ def model_functions(config: Config, dataset: data.Shapes) -> ModelFunctions:
 
 
 def method_functions(
-    config: Config, dataset: data.Shapes, model: ModelFunctions
+    config: Config, dataset: data.Shapes, model: ModelFunctions, automatic: bool = True
 ) -> MethodFunctions:
     """The training step of one method, and what is measured beside it.
 
@@ -136,14 +139,18 @@ def method_functions(
       config: the config of that method alone (`Config.for_method`).
       dataset: gives mesh, number of classes, mean and standard deviation.
       model: what `model_functions` returned for the same config.
+      automatic: whether the step changes the topology when that is due; False where topology
+        updates are scheduled outside.
     """
     steps_per_epoch = data.steps_per_epoch(config, dataset)
     sparse = config.topology != "dense"
-    tx = build.make_optimizer(config, steps_per_epoch)  # only its `update`: its seed is not used
+    tx = build.make_optimizer(
+        config, steps_per_epoch, automatic=automatic
+    )  # only its `update`: its seed is not used
 
     def start(params: Any, batch_stats: Any, seed: jax.Array) -> State:
         _, masks_key = _keys(seed)
-        opt_state = build.make_optimizer(config, steps_per_epoch, masks_key).init(params)
+        opt_state = build.make_optimizer(config, steps_per_epoch, masks_key, automatic).init(params)
         if sparse:
             masks = sx.get_masks(opt_state)
             if config.fan_in_spread:
@@ -167,6 +174,13 @@ def method_functions(
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (logits, changed.get("batch_stats", {}))
 
+    def apply(params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any, jax.Array]:
+        updates, new_opt_state = tx.update(gradient, opt_state, params)
+        # The norm is that of the active weights' gradient, by the masks the loss was taken with.
+        if sparse:
+            gradient = sx.apply_masks(gradient, sx.get_masks(opt_state))
+        return optax.apply_updates(params, updates), new_opt_state, sx.gradient_norm(gradient)
+
     def step(
         state: State, images: jax.Array, labels: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
@@ -174,16 +188,13 @@ def method_functions(
         (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_and_logits, has_aux=True)(
             params, batch_stats, images, labels
         )
-        updates, new_opt_state = tx.update(gradient, opt_state, params)
-        # The norm is that of the active weights' gradient, by the masks the loss was taken with.
-        if sparse:
-            gradient = sx.apply_masks(gradient, sx.get_masks(opt_state))
+        params, opt_state, norm = apply(params, opt_state, gradient)
         measured = {
             "loss": loss,
             "train_accuracy": (logits.argmax(-1) == labels).mean(dtype=jnp.float32),
-            "gradient_norm": sx.gradient_norm(gradient),
+            "gradient_norm": norm,
         }
-        return State(optax.apply_updates(params, updates), batch_stats, new_opt_state), measured
+        return State(params, batch_stats, opt_state), measured
 
     def measure(opt_state: Any, earlier: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         masks = sx.get_masks(opt_state)
@@ -227,6 +238,7 @@ def method_functions(
         tx=tx,
         start=start,
         loss=loss_and_logits,
+        apply=apply,
         step=step,
         measure=measure,
         diagnose=diagnose,

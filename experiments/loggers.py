@@ -144,7 +144,7 @@ class _WandB:
                 name=f"{method}-seed{seed}",
                 id=_wandb_id(folder),
                 resume="allow",
-                reinit="finish_previous",
+                reinit="create_new",
                 config=dataclasses.asdict(config) | {"method": method, "seed": seed},
                 allow_val_change=True,  # fields such as data_dir may differ when a run goes on
                 settings={} if limited else {"finish_timeout": UPLOAD_SECONDS},

@@ -1,75 +1,312 @@
-"""The pictures of a grid of runs: accuracy against epochs, and fan-in before and after training."""
+"""The figures of a report: curves with their spread, accuracy against FLOPs, fan-in by neuron.
+
+Every function returns a Matplotlib figure that belongs to no window; `save` writes it.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib.axes
 import matplotlib.figure
 import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 
 from experiments.metrics import write_atomically
+from experiments.seed_statistics import half_width
+
+LineStyle = str | tuple[int, tuple[int, ...]]
+"""A line style as Matplotlib takes it: its name, or an offset and lengths of dashes and gaps."""
+
+Style = tuple[str, LineStyle]
+"""A colour and a line style."""
 
 # Colours that stay apart for colour-blind readers (M. Okabe and K. Ito, 2008), and a line style
 # of each method's own for prints without colour.
-STYLES: dict[str, tuple[str, str]] = {
+STYLES: dict[str, Style] = {
     "dense": ("#000000", ":"),
     "sgd": ("#D55E00", "--"),
     "sparseopt": ("#0072B2", "-"),
+    "ham": ("#E69F00", "-."),
+    "sparseopt_ham": ("#009E73", (0, (5, 1, 1, 1, 1, 1))),
 }
-_OTHER = ("#009E73", "-.")
+"""Colour and line style by method."""
+
+_FURTHER_COLOURS = ("#CC79A7", "#56B4E9", "#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00")
+_FURTHER_LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _BEFORE = "#BBBBBB"
 
-Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""By method: epochs (evaluations,), and accuracies in [0, 1] (runs, evaluations)."""
+MOST_PANELS = 12
+"""Panels that one figure can take and still be read."""
 
 
-def accuracy(curves: Curves, title: str, path: str | os.PathLike[str]) -> None:
-    """Draws test accuracy against epochs: the mean over runs, and its standard deviation as a band.
+class Curve(NamedTuple):
+    """A quantity against something that grows: x (points,), values (runs, points)."""
+
+    x: np.ndarray
+    values: np.ndarray
+
+
+class Point(NamedTuple):
+    """The end of some runs: FLOPs of one of them, what they reached (runs,), a label or none."""
+
+    flops: float
+    values: np.ndarray
+    label: str
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """A colour and a line style for each name, all different for up to thirty new ones.
 
     Args:
-      curves: epochs (evaluations,) and accuracies (runs, evaluations) of each method.
-      title: what was trained.
-      path: the PNG to write.
+      names: methods, or anything else; those in `STYLES` keep theirs, and a difference "A - B" has
+        that of A.
+
+    Returns:
+      By name, in the order of `names`.
+
+    Example:
+      >>> styles(["sgd", "batch norm", "layer norm"])["sgd"] == STYLES["sgd"]
+      True
     """
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    low, high, lowest = 100.0, 0.0, 100.0
-    for method, (epochs, accuracies) in curves.items():
-        color, line = STYLES.get(method, _OTHER)
-        mean = 100 * accuracies.mean(axis=0)
-        runs = len(accuracies)
-        label = f"{method} (n = {runs})"
-        axes.plot(epochs, mean, line, color=color, label=label, linewidth=1.8)
-        spread = 100 * accuracies.std(axis=0, ddof=1) if runs > 1 else np.zeros_like(mean)
-        axes.fill_between(
-            epochs, mean - spread, np.minimum(mean + spread, 100), color=color, alpha=0.18, lw=0
+    taken = set(STYLES.values())
+    steps = range(len(_FURTHER_COLOURS) * len(_FURTHER_LINES))
+    colours, lines = itertools.cycle(_FURTHER_COLOURS), itertools.cycle(_FURTHER_LINES)
+    # 7 colours and 5 lines have no common divisor: all 35 pairs come before one comes again.
+    pairs = [(next(colours), next(lines)) for _ in steps]
+    further = itertools.cycle([pair for pair in pairs if pair not in taken])
+    found = {}
+    for name in dict.fromkeys(names):
+        known = STYLES.get(name.split(" - ")[0])
+        found[name] = next(further) if known is None else known
+    return found
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    ylabel: str,
+    title: str = "",
+    *,
+    band: str = "std",
+    xlabel: str = "epoch",
+    log: bool = False,
+    top: float | None = None,
+) -> matplotlib.figure.Figure:
+    """Draws one panel for each setting, and in it a line with a band for each method.
+
+    Args:
+      panels: curves by method, by the panel's title.
+      ylabel: what the values are.
+      title: of the whole figure; needed where there are several panels.
+      band: "std", the sample standard deviation over runs, or "ci95", the 95 % confidence interval
+        of the mean (Student's t) with a line at 0, for differences.
+      xlabel: what x is.
+      log: whether the values' axis is logarithmic.
+      top: the largest value that is possible, where there is one.
+
+    Returns:
+      The figure, with one legend for all panels.
+    """
+    figure, drawn = _grid(len(panels))
+    look = styles(method for methods in panels.values() for method in methods)
+    note = {
+        "std": "line: mean; band: ± 1 standard deviation over seeds",
+        "ci95": "line: mean of paired differences; band: 95 % confidence interval (Student's t)",
+    }[band]
+    cut = False
+    for axes, (name, methods) in zip(drawn, panels.items(), strict=True):
+        if band == "ci95":
+            axes.axhline(0, color="#666666", linewidth=0.9, zorder=1)
+        limits = []
+        for method, (x, values) in methods.items():
+            colour, line = look[method]
+            mean, spread = values.mean(axis=0), _spread(values, band)
+            axes.plot(x, mean, ls=line, color=colour, linewidth=1.6, **_marker(x))
+            high = mean + spread if top is None else np.minimum(mean + spread, top)
+            # A logarithmic axis has no room for a band that reaches 0.
+            low = mean - spread if not log else np.maximum(mean - spread, mean / 10)
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+            # Accuracy climbs from chance in the first third; its axis shows what comes after.
+            late = x >= x[-1] / 3 if top is not None else x <= x[-1]
+            limits.append((low[late].min(), high[late].max(), mean.min(), mean.max()))
+        if log:
+            axes.set_yscale("log")
+            _plain_log(axes)
+        else:
+            cut |= _set_limits(axes, limits, top)
+        axes.set_title(f"{name} ({_runs(methods)})" if name else _runs(methods), fontsize=8.5)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5))
+    if cut:
+        note += "; some of the first points lie beyond the axis"
+    _finish(figure, look, title, xlabel, ylabel, note)
+    return figure
+
+
+def _grid(panels: int) -> tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]:
+    """A figure with so many panels, in up to four columns, and those panels."""
+    if panels == 1:
+        figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+        drawn = [figure.subplots()]
+    else:
+        columns = min(4, math.ceil(math.sqrt(panels)))
+        rows = math.ceil(panels / columns)
+        width, height = (4.5, 3.0) if columns == 2 else (3.1, 2.3)
+        figure = matplotlib.figure.Figure(
+            figsize=(width * columns + 0.4, height * rows + 1.0), dpi=130, layout="constrained"
         )
-        # The first third climbs from chance; the axis is chosen for what comes after it.
-        late = epochs >= epochs[-1] / 3
-        low = min(low, float((mean - spread)[late].min()))
-        high = max(high, float((mean + spread)[late].max()))
-        lowest = min(lowest, float(mean.min()))
-    margin = max(0.08 * (high - low), 0.5)
-    bottom = max(low - margin, 0.0)
-    axes.set_ylim(bottom, min(high + margin, 100.3))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    note = "line: mean; band: ± 1 standard deviation over seeds"
-    if lowest < bottom:
-        note += "; the first epochs lie below the axis"
+        every = list(figure.subplots(rows, columns, squeeze=False).ravel())
+        drawn = every[:panels]
+        for axes in every[panels:]:
+            axes.remove()
+    for axes in drawn:
+        axes.grid(alpha=0.3)
+        if panels > 1:
+            axes.tick_params(labelsize=7.5)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, drawn
+
+
+def _spread(values: np.ndarray, band: str) -> np.ndarray:
+    runs = len(values)
+    if runs < 2:
+        return np.zeros(values.shape[1])
+    spread = values.std(axis=0, ddof=1)
+    return half_width(1.0, runs) * spread if band == "ci95" else spread
+
+
+def _marker(x: np.ndarray) -> dict[str, Any]:
+    """A few points are marked: a line between two of them shows nothing in between."""
+    return {"marker": "o", "markersize": 3} if len(x) <= 12 else {}
+
+
+def _set_limits(
+    axes: matplotlib.axes.Axes,
+    limits: Sequence[tuple[float, float, float, float]],
+    top: float | None,
+) -> bool:
+    """Sets the values' axis; returns whether a mean lies beyond it."""
+    lows, highs, smallest, largest = zip(*limits, strict=True)
+    low, high = min(lows), max(highs)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    bottom, upper = low - margin, high + margin
+    if top is not None:
+        bottom, upper = max(bottom, 0.0), min(upper, 1.003 * top)
+    axes.set_ylim(bottom, upper)
+    return min(smallest) < bottom or max(largest) > upper
+
+
+def _plain_log(axes: matplotlib.axes.Axes) -> None:
+    """Numbers such as 0.5 on a logarithmic axis, as many as can be read whatever its range."""
+    low, high = axes.get_ylim()
+    locator: matplotlib.ticker.Locator
+    if high < 5 * low:
+        locator = matplotlib.ticker.MaxNLocator(nbins=5)
+    elif high < 50 * low:
+        locator = matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7))
+    elif high < 1000 * low:
+        locator = matplotlib.ticker.LogLocator(subs=(1, 3))
+    else:
+        locator = matplotlib.ticker.LogLocator(numticks=6)
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _runs(methods: Mapping[str, Curve]) -> str:
+    counts = dict.fromkeys(str(len(curve.values)) for curve in methods.values())
+    if len(counts) > 1:
+        counts = dict.fromkeys(f"{len(curve.values)} {m}" for m, curve in methods.items())
+    return f"n = {', '.join(counts)}"
+
+
+def _finish(
+    figure: matplotlib.figure.Figure,
+    look: Mapping[str, Style],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    note: str,
+) -> None:
+    size = 10 if len(figure.axes) == 1 else 8.5
+    # Labels of the whole figure would lie under its legend.
+    lowest: dict[int, matplotlib.axes.Axes] = {}
+    for axes in figure.axes:
+        place = axes.get_subplotspec()
+        if place is not None:
+            lowest[place.colspan.start] = axes
+            if place.is_first_col():
+                axes.set_ylabel(ylabel, fontsize=size)
+    for axes in lowest.values():
+        axes.set_xlabel(xlabel, fontsize=size)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    handles = [
+        matplotlib.lines.Line2D([], [], color=colour, ls=line, label=name, linewidth=1.6)
+        for name, (colour, line) in look.items()
+    ]
     figure.legend(
-        loc="outside lower center", ncols=len(curves), frameon=False, fontsize=9,
-        title=note, title_fontsize=8,
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False,
+        fontsize=9, title=note, title_fontsize=8,
     )  # fmt: skip
-    _save(figure, path)
+
+
+def flops(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[Point]]]], ylabel: str, title: str = ""
+) -> matplotlib.figure.Figure:
+    """Draws what runs reached against the FLOPs of their training, on a logarithmic axis.
+
+    Args:
+      panels: by the panel's title and method: lines, each of the points that it joins, from the
+        fewest FLOPs on.
+      ylabel: what was reached.
+      title: of the whole figure.
+
+    Returns:
+      The figure. A point is the mean over runs with its standard deviation. Each label has a marker
+      of its own, and stands once below the first points of the lines that share it.
+    """
+    figure, drawn = _grid(len(panels))
+    look = styles(method for methods in panels.values() for method in methods)
+    for axes, (name, methods) in zip(drawn, panels.items(), strict=True):
+        every = [line for lines in methods.values() for line in lines]
+        names = dict.fromkeys(point.label for line in every for point in line)
+        markers = dict(zip(names, itertools.cycle("os^Dv<>P*X"), strict=False))
+        counts = [point.flops for line in every for point in line]
+        step = max((max(counts) / min(counts)) ** 0.012, 1.01)
+        labels: dict[tuple[str, float], float] = {}
+        sparse = [method for method in methods if method != "dense"]
+        for method, lines in methods.items():
+            colour, dashes = look[method]
+            middle = (len(sparse) - 1) / 2
+            aside = 1.0 if method == "dense" else step ** (sparse.index(method) - middle)
+            for points in lines:
+                mean = np.array([point.values.mean() for point in points])
+                spread = np.array([_spread(point.values[:, None], "std")[0] for point in points])
+                axes.errorbar(
+                    [aside * point.flops for point in points], mean, spread, ls=dashes,
+                    color=colour, linewidth=1.2, elinewidth=0.9, capsize=2.5, markersize=4,
+                    marker=markers[points[0].label],
+                )  # fmt: skip
+                key = points[0].label, points[0].flops
+                labels[key] = min(labels.get(key, math.inf), float(mean[0] - spread[0]))
+        for (label, x), low in labels.items():
+            axes.annotate(
+                label, (x, low), xytext=(0, -3), textcoords="offset points",
+                ha="center", va="top", fontsize=7.5, color="#444444",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.margins(x=0.12, y=0.14)
+        axes.set_title(name, fontsize=8.5)
+    note = "mean at the end ± 1 standard deviation; number: sparsity; equal FLOPs: side by side"
+    _finish(figure, look, title, "FLOPs of one training run", ylabel, note)
+    return figure
 
 
 FanIn = Mapping[str, np.ndarray]
@@ -81,8 +318,7 @@ def fan_in(
     after: Mapping[str, FanIn],
     sizes: Mapping[str, int],
     title: str,
-    path: str | os.PathLike[str],
-) -> None:
+) -> matplotlib.figure.Figure:
     """Draws, for every layer, how many active incoming weights its neurons have.
 
     Args:
@@ -90,8 +326,11 @@ def fan_in(
       after: the same after training, by method.
       sizes: dense fan-in by layer.
       title: what was trained.
-      path: the PNG to write.
+
+    Returns:
+      The figure, with a panel for each layer.
     """
+    look = styles(after)
     columns = min(5, max(1, math.ceil(math.sqrt(len(before)))))
     rows = math.ceil(len(before) / columns)
     figure = matplotlib.figure.Figure(
@@ -104,10 +343,10 @@ def fan_in(
         share = _share(start)
         axes.hist(start.ravel(), bins, weights=share, color=_BEFORE)
         for method, values in finish.items():
-            color, line = STYLES.get(method, _OTHER)
+            colour, line = look[method]
             axes.hist(
                 values.ravel(), bins, weights=_share(values), histtype="step",
-                color=color, linestyle=line, linewidth=1.3,
+                color=colour, linestyle=line, linewidth=1.3,
             )  # fmt: skip
         name = layer.removesuffix("/kernel")
         axes.set_title(
@@ -124,16 +363,16 @@ def fan_in(
         matplotlib.lines.Line2D([], [], color=_BEFORE, linewidth=7, label="before training")
     ]
     for method in after:
-        color, line = STYLES.get(method, _OTHER)
+        colour, line = look[method]
         label = f"after, {method}"
-        handles.append(matplotlib.lines.Line2D([], [], color=color, ls=line, label=label))
+        handles.append(matplotlib.lines.Line2D([], [], color=colour, ls=line, label=label))
     figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
     figure.supxlabel("fan-in: active incoming weights of a neuron", fontsize=9)
     figure.supylabel("neurons (% of the layer, all seeds)", fontsize=9)
     figure.legend(
         handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False
     )
-    _save(figure, path)
+    return figure
 
 
 def _share(values: np.ndarray) -> np.ndarray:
@@ -150,7 +389,13 @@ def _bins(groups: Sequence[np.ndarray]) -> np.ndarray:
     return np.arange(low - 0.5, high + width + 0.5, width)
 
 
-def _save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whole or not at all.
+
+    Args:
+      figure: any Matplotlib figure.
+      path: the file to write.
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(path, picture.getvalue())

@@ -98,7 +98,7 @@ def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
     functions = model_functions(config, dataset)
     return ModelPrograms(
         functions=functions,
-        init=_compile_fast(
+        init=compile_fast(
             dataset.mesh, functions.init, SEED, out_shardings=shardings(functions.weights)
         ),
         evaluate=lower_evaluate(functions, dataset.mesh).compile(),
@@ -153,18 +153,18 @@ def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> 
     if config.topology != "dense":
         masks = sx.get_masks(state.opt_state)
         out = whole, whole, whole, shardings(masks)
-        measure = _compile_fast(mesh, measure, state.opt_state, masks, out_shardings=out)
-    steps_per_call = _steps_per_call(config, dataset)
+        measure = compile_fast(mesh, measure, state.opt_state, masks, out_shardings=out)
+    steps_per_call = choose_steps_per_call(config, dataset)
     return MethodPrograms(
         functions=functions,
-        start=_compile_fast(
+        start=compile_fast(
             mesh, functions.start, *model.functions.weights, SEED, out_shardings=shardings(state)
         ),
         step=lower_step(model.functions, functions, mesh).compile(),
         steps=_compile_steps(dataset, functions, steps_per_call) if steps_per_call > 1 else None,
         steps_per_call=steps_per_call,
         measure=measure,
-        diagnose=_on_first_call(mesh, functions.diagnose),
+        diagnose=on_first_call(mesh, functions.diagnose),
         sharpness=jax.jit(functions.sharpness, out_shardings=whole),
         learning_rate=functions.learning_rate,
         seconds=time.monotonic() - begin,
@@ -199,7 +199,8 @@ def _compile_steps(dataset: data.Data, functions: MethodFunctions, steps_per_cal
     return jitted.lower(functions.state, split, order, SEED, SEED, SEED).compile()
 
 
-def _steps_per_call(config: Config, dataset: data.Data) -> int:
+def choose_steps_per_call(config: Config, dataset: data.Data) -> int:
+    """How many training steps one compiled loop takes; 1: there is no loop."""
     if not isinstance(dataset, data.DeviceData):
         return 1
     if config.steps_per_call:
@@ -207,7 +208,7 @@ def _steps_per_call(config: Config, dataset: data.Data) -> int:
     # Enough to hide the host's part, and few enough that what is left over at the end of an epoch
     # or before a line of the log is short; those steps are taken one by one.
     on_accelerator = min(10, config.log_every, dataset.steps_per_epoch)
-    return 1 if _on_cpu(dataset.mesh) else on_accelerator
+    return 1 if on_cpu(dataset.mesh) else on_accelerator
 
 
 def shardings(shapes: Any) -> Any:
@@ -215,27 +216,28 @@ def shardings(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def _on_cpu(mesh: Mesh) -> bool:
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are CPUs."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
-def _compile_fast(
+def compile_fast(
     mesh: Mesh, function: Callable[..., Any], *arguments: Any, out_shardings: Any
 ) -> Callable[..., Any]:
     """Compiles what runs seldom: on a CPU optimising it takes far longer than running it."""
     fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
     lowered = jax.jit(function, out_shardings=out_shardings).lower(*arguments)
-    return lowered.compile(compiler_options=fast if _on_cpu(mesh) else None)
+    return lowered.compile(compiler_options=fast if on_cpu(mesh) else None)
 
 
-def _on_first_call(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `_compile_fast`, but only once it is called; what it returns is replicated."""
+def on_first_call(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `compile_fast`, but only once it is called; what it returns is replicated."""
     compiled: list[Callable[..., Any]] = []
 
     def call(*arguments: Any) -> Any:
         if not compiled:
             whole = meshes.over(mesh)
-            compiled.append(_compile_fast(mesh, function, *arguments, out_shardings=whole))
+            compiled.append(compile_fast(mesh, function, *arguments, out_shardings=whole))
         return compiled[0](*arguments)
 
     return call

@@ -40,8 +40,7 @@ class Progress:
     def __init__(
         self,
         runs: int,
-        steps_per_run: int,
-        epochs: int,
+        steps: int,
         finished: int = 0,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -50,17 +49,18 @@ class Progress:
 
         Args:
           runs: how many runs there are to do.
-          steps_per_run: training steps of each.
-          epochs: epochs of each.
+          steps: training steps of all of them together.
           finished: runs of the grid that were done before.
           console: where to write; by default standard output.
           clock: gives the time in seconds.
         """
         self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._clock = clock
-        self._runs, self._steps_per_run, self._epochs = runs, steps_per_run, epochs
-        self._finished = finished
-        self._run = self._steps = 0
+        self._runs, self._all_steps, self._finished = runs, steps, finished
+        self._begun = 0  # runs of this process that are done or under way
+        self._together = 1  # runs that are under way
+        self._steps_of_run = self._epochs = 0
+        self._before = self._steps = 0  # steps of the runs that are over; and with those under way
         self._title = self._numbers = ""
         self._seconds = 0.0  # of the runs that are over
         self._done_before = 0  # steps that this process did not take
@@ -83,18 +83,27 @@ class Progress:
         )
         with bar:
             self._bar = bar
-            self._task = bar.add_task("", total=self._runs * self._steps_per_run, left="")
+            self._task = bar.add_task("", total=self._all_steps, left="")
             try:
                 yield
             finally:
                 self._bar = None
 
     @contextlib.contextmanager
-    def running(self, method: str, seed: int) -> Iterator[None]:
-        """Marks the steps of the body as those of one run."""
-        self._run += 1
-        number, total = self._finished + self._run, self._finished + self._runs
-        self._title = f"[{number}/{total}] {method} seed {seed}"
+    def running(self, title: str, steps: int, epochs: int, together: int = 1) -> Iterator[None]:
+        """Marks the steps of the body as those of one run, or of several that train together.
+
+        Args:
+          title: says which.
+          steps: training steps of each.
+          epochs: epochs of each.
+          together: how many runs.
+        """
+        first, total = self._finished + self._begun + 1, self._finished + self._runs
+        self._begun += together
+        self._steps_of_run, self._epochs, self._together = steps, epochs, together
+        numbers = f"{first}" if together == 1 else f"{first}-{first + together - 1}"
+        self._title = f"[{numbers}/{total}] {title}"
         self._numbers = ""
         self._resumed_at = self._clock()
         try:
@@ -102,12 +111,20 @@ class Progress:
         finally:
             self._seconds += self._clock() - self._resumed_at
             self._resumed_at = None
+        self._before += steps * together
+        self._steps = self._before
         self._show(force=True)
+
+    def skipped(self, runs: int, steps: int) -> None:
+        """Another process does `runs` runs of `steps` steps in all, or has done them."""
+        self._runs -= runs
+        self._finished += runs
+        self._all_steps -= steps
 
     def resumed(self, step: int) -> None:
         """The current run goes on from `step`, which an earlier process took."""
-        self._done_before += step
-        self._steps = (self._run - 1) * self._steps_per_run + step
+        self._done_before += step * self._together
+        self._steps = self._before + step * self._together
         self.console.print(f"{self._title}: continuing from step {step}", markup=False)
 
     def update(self, step: int, epoch: int, shown: Mapping[str, float]) -> None:
@@ -118,7 +135,7 @@ class Progress:
           epoch: the epoch they are in, from 1.
           shown: `loss`, `test_accuracy` and `density`, those of them that are known by now.
         """
-        self._steps = (self._run - 1) * self._steps_per_run + step
+        self._steps = self._before + step * self._together
         self._numbers = f"  epoch {epoch}/{self._epochs}"
         for name, form in _FORMS.items():
             if name in shown:
@@ -133,15 +150,14 @@ class Progress:
         spent = self._seconds
         if self._resumed_at is not None:
             spent += self._clock() - self._resumed_at
-        steps_left = self._runs * self._steps_per_run - self._steps
-        return spent / taken * steps_left
+        return spent / taken * (self._all_steps - self._steps)
 
     def _show(self, force: bool) -> None:
         seconds = self.time_left()
         left = "" if seconds is None else "{}:{:02} left".format(*divmod(round(seconds), 60))
         if self._bar is not None:
             self._bar.line = self._title + self._numbers
-            self._bar.update(self._task, completed=self._steps, left=left)
+            self._bar.update(self._task, completed=self._steps, total=self._all_steps, left=left)
             return
         line = self._title + self._numbers
         due = force or self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES

@@ -1,233 +1,200 @@
-"""Tables and pictures from finished runs: `python -m experiments.report DIR`."""
+"""Tables and pictures from finished runs: `python -m experiments.report DIR`.
+
+DIR is a work folder, as `experiments.train` leaves it, or the folder of a sweep: several settings,
+each in a work folder of its own (see `finished_runs.py`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import scipy.stats
-
-from experiments import plots
+from experiments import finished_runs
 from experiments.config import ConfigError
-from experiments.metrics import read_json
+from experiments.finished_runs import COMPARED, Run, by_method, load_run, load_runs, load_sweep
+from experiments.metrics import write_json
+from experiments.report_pictures import write_pictures, write_sweep_pictures
+from experiments.report_tables import QUANTITIES, sweep_tables, table, unfinished
+from experiments.seed_statistics import compare, describe
 
-COMPARED = (("sparseopt", "sgd"),)
-"""Pairs of methods whose difference is taken seed by seed, where both were run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run: its `result.json`, the lines of its `metrics.jsonl`, and its fan-ins.
-
-    `fan_in` has `before/LAYER`, `after/LAYER` and `size/LAYER`; it is empty for a dense run.
-    """
-
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    fan_in: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Mean, sample standard deviation and 95 % confidence interval of the mean (Student's t)."""
-
-    n: int
-    mean: float
-    std: float | None
-    ci95: tuple[float, float] | None
-
-
-def describe(values: Sequence[float]) -> Statistics:
-    """Statistics of at least one value; spread and interval are None for a single one.
-
-    Example:
-      >>> describe([1.0, 2.0, 3.0]).std
-      1.0
-    """
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Statistics(n, mean, None, None)
-    std = statistics.stdev(values)
-    half = float(scipy.stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
-    return Statistics(n, mean, std, (mean - half, mean + half))
-
-
-def load_runs(workdir: str | os.PathLike[str]) -> list[Run]:
-    """The finished runs of a folder, by method and seed; raises ConfigError where there are none.
-
-    Methods come in the order of the folder's config.
-    """
-    folder = pathlib.Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{workdir} has no config.json: it is not the folder of a run")
-    runs = [load_run(path.parent) for path in folder.glob("runs/*/result.json")]
-    if not runs:
-        raise ConfigError(f"{workdir} has no finished run yet")
-    order = list(read_json(folder / "config.json").get("compare", ()))
-
-    def position(run: Run) -> tuple[int, str, int]:
-        method = run.result["method"]
-        place = order.index(method) if method in order else len(order)
-        return place, method, run.result["seed"]
-
-    return sorted(runs, key=position)
-
-
-def load_run(folder: pathlib.Path) -> Run:
-    """Reads the folder of one finished run."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    arrays: dict[str, np.ndarray] = {}
-    if (folder / "fan_in.npz").is_file():
-        with np.load(folder / "fan_in.npz", allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    return Run(read_json(folder / "result.json"), [json.loads(line) for line in lines], arrays)
-
-
-def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs grouped by method, in the order in which they come."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.result["method"], []).append(run)
-    return groups
+__all__ = [
+    "COMPARED", "Run", "by_method", "load_run", "load_runs", "load_sweep", "main", "report",
+    "report_sweep", "summarize", "summarize_sweep", "table", "write_pictures",
+]  # fmt: skip
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
-    """Final test accuracies by method, and the paired differences of `COMPARED`, as JSON.
+    """The numbers of one work folder's finished runs, as JSON.
 
-    Accuracies and differences are fractions, not percentages.
+    Args:
+      runs: finished runs of one config.
+
+    Returns:
+      `methods`: by method its `seeds`, mean `density`, `training_flops` of a run and
+      `training_flops_over_dense`, and statistics of `test_accuracy`, `train_loss` (at the end),
+      `early_train_loss` (mean over the first tenth of the steps) and `itop_rate`.
+      `paired`: by pair of `COMPARED` the `seeds` that both have, and statistics of the differences
+      in accuracy and in both losses, with the p of the paired t-test.
+      Accuracies and their differences are fractions, not percentages. A number that no run has is
+      None.
     """
     groups = by_method(runs)
+    values = {method: [_numbers(run) for run in group] for method, group in groups.items()}
     methods = {}
     for method, group in groups.items():
-        accuracies = [run.result["test_accuracy"] for run in group]
-        methods[method] = {
-            "seeds": [run.result["seed"] for run in group],
-            "test_accuracy": dataclasses.asdict(describe(accuracies)),
-            "density": statistics.fmean(run.result["density"] for run in group),
-        }
+        row: dict[str, Any] = {"seeds": [run.result["seed"] for run in group]}
+        for name in values[method][0]:
+            column = [value for one in values[method] if (value := one[name]) is not None]
+            if name in _MEANS:
+                row[name] = statistics.fmean(column) if column else None
+            else:
+                row[name] = dataclasses.asdict(describe(column)) if column else None
+        methods[method] = row
     paired = {}
     for one, other in COMPARED:
-        left, right = (
-            {run.result["seed"]: run.result["test_accuracy"] for run in groups.get(name, [])}
-            for name in (one, other)
-        )
-        seeds = sorted(left.keys() & right.keys())
-        if seeds:
-            differences = [left[seed] - right[seed] for seed in seeds]
-            paired[f"{one} - {other}"] = {
-                "seeds": seeds,
-                "differences": differences,
-                "test_accuracy": dataclasses.asdict(describe(differences)),
-            }
+        if one in groups and other in groups:
+            found = _paired(
+                dict(zip(methods[one]["seeds"], values[one], strict=True)),
+                dict(zip(methods[other]["seeds"], values[other], strict=True)),
+            )
+            if found["seeds"]:
+                paired[f"{one} - {other}"] = found
     return {"methods": methods, "paired": paired}
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary as text, in percent and percentage points."""
-    width = max(9, *(len(name) for name in summary["methods"]))
-    lines = [f"{'method':<{width}}  density  test accuracy (%)   n"]
-    for method, row in summary["methods"].items():
-        accuracy = row["test_accuracy"]
-        lines.append(
-            f"{method:<{width}}  {row['density']:7.4f}"
-            f"  {_plus_minus(accuracy):>17}  {accuracy['n']:>2}"
-        )
-    for pair, row in summary["paired"].items():
-        difference = row["test_accuracy"]
-        each = ", ".join(f"{100 * value:+.2f}" for value in row["differences"])
-        lines.append("")
-        lines.append(f"{pair}, paired by seed (percentage points): {each}")
-        text = f"mean {_plus_minus(difference, '+')}"
-        if difference["ci95"] is not None:
-            low, high = (100 * bound for bound in difference["ci95"])
-            text += f", 95 % confidence interval [{low:+.2f}, {high:+.2f}] (Student's t)"
-        lines.append(f"{text}, n = {difference['n']}")
-    lines.append("")
-    lines.append("± is the sample standard deviation over seeds; density is active over maskable")
-    lines.append("weights. Differences on a few seeds of a small test set are mostly noise.")
-    return "\n".join(lines)
+_MEANS = ("density", "training_flops", "training_flops_over_dense")
+"""Numbers that hardly differ between seeds: their mean says it all."""
+
+Numbers = Mapping[str, float | None]
 
 
-def _plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
-    mean = format(100 * row["mean"], f"{sign}.2f")
-    return mean if row["std"] is None else f"{mean} ± {100 * row['std']:.2f}"
-
-
-def write_pictures(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """Writes `accuracy.png`, and `fan_in.png` where a run is sparse; returns their paths.
-
-    Runs whose log has lost its evaluations are not in the former.
-    """
-    folder = pathlib.Path(workdir)
-    config = read_json(folder / "config.json")
-    trained = f"{config['model']} on {config['dataset']}"
-    names = {"rigl": "RigL", "set": "SET", "static": "static masks", "uniform": "uniform"}
-    spread, moves = (names.get(config[k], config[k].upper()) for k in ("distribution", "topology"))
-    sparse = f"{spread} {config['sparsity']:g}, {moves}"
-    written = []
-    curves = _curves(runs)
-    if curves:
-        written.append(folder / "accuracy.png")
-        plots.accuracy(curves, f"{trained}; sparse methods: {sparse}", written[-1])
-    groups = by_method(run for run in runs if run.fan_in)
-    if groups:
-        everything = [run for group in groups.values() for run in group]
-        written.append(folder / "fan_in.png")
-        plots.fan_in(
-            before=_layers(everything, "before/"),
-            after={method: _layers(group, "after/") for method, group in groups.items()},
-            sizes={name: size.item() for name, size in _layers(everything[:1], "size/").items()},
-            title=f"{trained}, {sparse}",
-            path=written[-1],
-        )
-    return written
-
-
-def _curves(runs: Iterable[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    curves = {}
-    for method, group in by_method(runs).items():
-        found = [
-            {line["epoch"]: line["test_accuracy"] for line in run.metrics if line["kind"] == "eval"}
-            for run in group
-        ]
-        epochs = sorted(set(found[0]).intersection(*found))  # a log may have lost lines
-        accuracies = [[of_run[epoch] for epoch in epochs] for of_run in found]
-        if epochs:
-            curves[method] = np.array(epochs), np.array(accuracies)
-    return curves
-
-
-def _layers(runs: Sequence[Run], prefix: str) -> dict[str, np.ndarray]:
-    """Arrays of all runs, stacked along a new first axis, by the layer they belong to."""
-    names = [name for name in runs[0].fan_in if name.startswith(prefix)]
+def _numbers(run: Run) -> dict[str, float | None]:
+    result = run.result
+    flops, ratio = finished_runs.training_flops(run) or (None, None)
     return {
-        name.removeprefix(prefix): np.stack([run.fan_in[name] for run in runs]) for name in names
+        "density": result["density"],
+        "test_accuracy": result.get("test_accuracy"),
+        "train_loss": result.get("train_loss"),
+        "early_train_loss": finished_runs.early_train_loss(run),
+        "itop_rate": result.get("itop_rate"),
+        "training_flops": flops,
+        "training_flops_over_dense": ratio,
     }
 
 
-def report(workdir: str | os.PathLike[str]) -> str:
-    """Draws the pictures of a folder's finished runs; returns its table and where they are."""
-    runs = load_runs(workdir)
-    text = table(summarize(runs))
-    if read_json(pathlib.Path(workdir) / "config.json")["distribution"] == "uniform":
-        text += "\nuniform leaves the first layer dense and does not make up for it, as RigL does."
-    pictures = write_pictures(runs, workdir)
-    return text + "\n\n" + "\n".join(str(path) for path in pictures)
+def _paired(one: Mapping[int, Numbers], other: Mapping[int, Numbers]) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": sorted(one.keys() & other.keys())}
+    for name in QUANTITIES:
+        left, right = (
+            {seed: value for seed, numbers in runs.items() if (value := numbers[name]) is not None}
+            for runs in (one, other)
+        )
+        found = compare(left, right)
+        row[name] = None if found is None else {"seeds": found[0]} | dataclasses.asdict(found[1])
+    return row
+
+
+def summarize_sweep(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The numbers of a sweep, as JSON.
+
+    Args:
+      folder: that of a sweep.
+
+    Returns:
+      `name`; `settings`: by setting what `summarize` returns of it; `unfinished`: by setting how
+      many runs are `finished` and `expected` (None where there is no config yet); `environment`:
+      by each entry of the runs' environments all its distinct values.
+
+    Raises:
+      ConfigError: it is not the folder of a sweep, or no run is finished.
+    """
+    return _summarize_sweep(pathlib.Path(folder), load_sweep(folder))
+
+
+def _summarize_sweep(folder: pathlib.Path, sweep: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    progress = {
+        name: finished_runs.progress(folder / name) for name in finished_runs.setting_names(folder)
+    }
+    return {
+        "name": finished_runs.sweep_name(folder),
+        "settings": {name: summarize(runs) for name, runs in sweep.items()},
+        "unfinished": {
+            name: dataclasses.asdict(one) for name, one in progress.items() if not one.complete()
+        },
+        "environment": _environment([run for runs in sweep.values() for run in runs]),
+    }
+
+
+def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """All distinct values of each entry of the runs' environments, in the order of the runs."""
+    found: dict[str, list[Any]] = {}
+    for run in runs:
+        for name, value in run.result.get("environment", {}).items():
+            values = found.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+    return found
+
+
+def report(folder: str | os.PathLike[str]) -> str:
+    """Draws the pictures of a folder's finished runs; returns its table and where they are.
+
+    Args:
+      folder: a work folder, or that of a sweep.
+
+    Raises:
+      ConfigError: it is neither, or no run is finished.
+    """
+    path = pathlib.Path(folder)
+    if finished_runs.is_sweep(path):
+        return report_sweep(path)
+    runs = load_runs(path)
+    parts = [table(summarize(runs))]
+    if runs[0].config["distribution"] == "uniform":
+        parts[0] += (
+            "\nuniform leaves the first layer dense and does not make up for it, as RigL does."
+        )
+    progress = finished_runs.progress(path)
+    if not progress.complete():
+        parts.append(unfinished({str(folder): dataclasses.asdict(progress)}))
+    parts.append("\n".join(str(picture) for picture in write_pictures(runs, path)))
+    return "\n\n".join(parts)
+
+
+def report_sweep(folder: str | os.PathLike[str]) -> str:
+    """Writes `summary.json` and the pictures of a sweep's finished runs.
+
+    Args:
+      folder: that of a sweep.
+
+    Returns:
+      Its tables, what is not finished, and the paths of what was written.
+
+    Raises:
+      ConfigError: it is not the folder of a sweep, or no run is finished.
+    """
+    path = pathlib.Path(folder)
+    sweep = load_sweep(path)
+    summary = _summarize_sweep(path, sweep)
+    written = path / "summary.json"
+    write_json(written, summary)
+    paths = [written, *write_sweep_pictures(sweep, summary["name"], path)]
+    return sweep_tables(summary) + "\n\n" + "\n".join(map(str, paths))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m experiments.report DIR   (the folder of a run)", file=sys.stderr)
+        print(
+            "usage: python -m experiments.report DIR   (the folder of a run or of a sweep)",
+            file=sys.stderr,
+        )
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
         print(report(arguments[0]))

@@ -14,17 +14,26 @@ import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import rich.console
 
-from experiments import build, command_line, data, distributed, loggers, report, workdir
+from experiments import build, command_line, data, distributed, loggers, metrics, report, workdir
+from experiments.batched import Batched
 from experiments.checkpoint import CheckpointError
 from experiments.config import Config, ConfigError
 from experiments.divergence import DivergedError
-from experiments.programs import MethodPrograms, compile_method, compile_model
+from experiments.group import Group, Member, Single
+from experiments.programs import (
+    MethodPrograms,
+    ModelPrograms,
+    choose_steps_per_call,
+    compile_method,
+    compile_model,
+    on_cpu,
+)
 from experiments.progress import Progress
 from experiments.run import Run, StoppedError, total_steps
 from experiments.stopping import StopRequests
@@ -46,82 +55,157 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
       DivergedError: the loss of a run is not finite.
       StoppedError: it was asked to stop, and has saved a checkpoint.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+    console = make_console()
     say = functools.partial(console.print, markup=False)
     loggers.check_installed(config.loggers)
     dataset = data.load(config, say)
-    methods = {method: config.for_method(method) for method in config.methods()}
-    for method_config in methods.values():  # what cannot work is said before anything is written
-        build.check(method_config, data.steps_per_epoch(config, dataset))
+    check(config, data.steps_per_epoch(config, dataset))
     with distributed.lock(lambda: workdir.lock(folder)):
-        _train_in(config, folder, stop, dataset, methods, console)
+        todo = open_folder(config, folder)
+        total, steps = len(config.methods()) * config.seeds, total_steps(config, dataset)
+        progress = Progress(len(todo), steps * len(todo), total - len(todo), console)
+        say(
+            f"{config.model} on {config.dataset}: {', '.join(config.methods())};"
+            f" {config.seeds} seed(s) each, {steps} steps a run; {total - len(todo)} of {total}"
+            f" runs are done\n{devices(dataset)}\nrun folder: {folder}\n"
+        )
+        with progress.live():
+            train_missing(config, folder, todo, dataset, progress, stop)
+        if distributed.is_main():
+            say("\n" + report.report(folder))
+            for name in ("result.json", "metrics.jsonl", "config.json"):
+                say(str(folder / name))
+            say(f"\nrun folder: {folder}")
 
 
-def _train_in(
+def make_console() -> rich.console.Console:
+    """Where to say things: standard output, on process 0 alone."""
+    return rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+
+
+def check(config: Config, steps_per_epoch: int) -> None:
+    """Says what cannot work before anything is written; raises ConfigError."""
+    for method in config.methods():
+        build.check(config.for_method(method), steps_per_epoch)
+
+
+def open_folder(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
+    """Makes or opens the work folder of a config, which has to be locked.
+
+    Returns:
+      Method and seed of each run that it does not hold, in the order of the grid.
+    """
+
+    def missing() -> list[tuple[str, int]]:
+        workdir.open_for(config, folder)
+        return workdir.missing(config, folder)
+
+    return [(method, seed) for method, seed in distributed.from_main(missing)]
+
+
+def train_missing(
     config: Config,
     folder: pathlib.Path,
+    todo: Sequence[tuple[str, int]],
+    dataset: data.DeviceData | data.StreamedData,
+    progress: Progress,
     stop: StopRequests,
-    dataset: data.Data,
-    methods: Mapping[str, Config],
-    console: rich.console.Console,
+    prefix: str = "",
 ) -> None:
-    seeds = range(config.seed, config.seed + config.seeds)
+    """Trains runs of a config, and brings together what all of its finished runs have left.
 
-    def open_folder() -> dict[str, list[int]]:
-        workdir.open_for(config, folder)
-        return {m: [s for s in seeds if not workdir.is_finished(folder, m, s)] for m in methods}
+    Args:
+      config: what to train.
+      folder: its work folder, open and locked.
+      todo: method and seed of each run to do.
+      dataset: what the config names.
+      progress: shows how far it is.
+      stop: says when to stop.
+      prefix: comes before the name of a run where its progress is shown.
 
-    todo = distributed.from_main(open_folder)
-    steps = total_steps(config, dataset)
-    missing, total = sum(map(len, todo.values())), len(methods) * len(seeds)
-    progress = Progress(
-        runs=missing,
-        steps_per_run=steps,
-        epochs=config.epochs,
-        finished=total - missing,
-        console=console,
-    )
-    say = functools.partial(console.print, markup=False)
-    say(
-        f"{config.model} on {config.dataset}: {', '.join(methods)}; {len(seeds)} seed(s) each,"
-        f" {steps} steps a run; {total - missing} of {total} runs are done\n"
-        f"{_devices(dataset)}\nrun folder: {folder}\n"
-    )
-    if missing:
-        say("compiling (not repeated for further seeds) ...")
-        model = compile_model(config, dataset)
-        left = {method: methods[method] for method in methods if todo[method]}
-        programs = _compile_methods(
-            left, lambda method_config: compile_method(method_config, dataset, model)
-        )
+    Raises:
+      CheckpointError, DataError, DivergedError, StoppedError: as `train_grid`.
+    """
     main = distributed.is_main()
-    with progress.live():
-        for method, seed in ((m, s) for m, seeds_left in todo.items() for s in seeds_left):
-            run = Run(
-                methods[method],
-                model,
-                programs[method],
-                dataset,
-                seed,
-                workdir.run_folder(folder, method, seed),
-                progress,
-                stop,
-            )
-            with progress.running(method, seed):
+    steps = total_steps(config, dataset)
+    if todo:
+        progress.console.print("compiling (not repeated for further seeds) ...", markup=False)
+        model = compile_model(config, dataset)
+        make = _batched if batches_runs(config, dataset) else _singles
+        for group, checkpoints in make(config, folder, todo, dataset, model):
+            folders = [workdir.run_folder(folder, m.method, m.seed) for m in group.members]
+            run = Run(group, dataset, folders, checkpoints, progress, stop)
+            with progress.running(prefix + name_of(group), steps, config.epochs, len(folders)):
                 run.train()
             if main:
-                workdir.merge_metrics(folder, methods, seeds)
-    if not main:
-        return
-    workdir.merge_metrics(folder, methods, seeds)  # it may have been stopped just before
-    workdir.merge_results(config, folder, methods, seeds)
-    say("\n" + report.report(folder))
-    for name in ("result.json", "metrics.jsonl", "config.json"):
-        say(str(folder / name))
-    say(f"\nrun folder: {folder}")
+                workdir.merge_metrics(config, folder)
+    if main:
+        workdir.merge_metrics(config, folder)  # it may have been stopped just before
+        workdir.merge_results(config, folder)
 
 
-def _devices(dataset: data.Data) -> str:
+def batches_runs(config: Config, dataset: data.Data) -> bool:
+    """Whether methods and seeds train in one program; raises ConfigError where they cannot."""
+    if config.batch_runs == "no":
+        return False
+    fits = isinstance(dataset, data.DeviceData) and dataset.mesh.size == 1
+    if config.batch_runs == "yes":
+        if not fits:
+            raise ConfigError(
+                "batch_runs='yes' must be auto or no, since it takes one device with the dataset in"
+                f" its memory; there are {dataset.mesh.size} device(s), storage={config.storage}"
+            )
+        return True
+    small = config.model in ("resnet8", "resnet20", "mlp")
+    return fits and small and len(workdir.runs_of(config)) > 1 and not on_cpu(dataset.mesh)
+
+
+def name_of(group: Group) -> str:
+    """Methods and seeds of a group, in words."""
+    methods = list(dict.fromkeys(member.method for member in group.members))
+    seeds = list(dict.fromkeys(str(member.seed) for member in group.members))
+    return f"{', '.join(methods)} seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+
+
+Groups = Iterator[tuple[Group, pathlib.Path]]
+"""Groups, and where the checkpoints of each go."""
+
+
+def _singles(
+    config: Config,
+    folder: pathlib.Path,
+    todo: Sequence[tuple[str, int]],
+    dataset: data.Data,
+    model: ModelPrograms,
+) -> Groups:
+    programs = _compile_methods(
+        {m: config.for_method(m) for m in config.methods() if any(m == n for n, _ in todo)},
+        lambda method_config: compile_method(method_config, dataset, model),
+    )
+    for method, seed in todo:
+        member = Member(config.for_method(method), seed)
+        group = Single(member, model, programs[method], dataset)
+        yield group, workdir.run_folder(folder, method, seed) / "checkpoints"
+
+
+def _batched(
+    config: Config,
+    folder: pathlib.Path,
+    todo: Sequence[tuple[str, int]],
+    dataset: data.Data,
+    model: ModelPrograms,
+) -> Groups:
+    assert isinstance(dataset, data.DeviceData)
+    for own_folder, runs in workdir.together(config, folder, todo):
+        own_folder.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(own_folder / "runs.json", runs)
+        members = [Member(config.for_method(method), seed) for method, seed in runs]
+        steps_per_call = choose_steps_per_call(config, dataset)
+        yield Batched(members, model, dataset, steps_per_call), own_folder / "checkpoints"
+
+
+def devices(dataset: data.Data) -> str:
+    """The devices that a dataset is used on, in words."""
     mesh = dataset.mesh
     kind = mesh.devices.flat[0].device_kind
     text = f"{mesh.size} device(s) ({kind}), data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}"
@@ -142,29 +226,41 @@ def _compile_methods(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command, in processes that have found each other; returns its exit code.
-
-    That is 0, 1 (diverged, damaged data, a full disk), 2 (wrong setting), 75 (another process is
-    gone), 130 (Ctrl-C) or 143 (SIGTERM, or a preemption notice).
-    """
+    """The command, in processes that have found each other; returns its exit code (`guarded`)."""
     asked: command_line.CommandLine | None = None
+
+    def body(stop: StopRequests) -> None:
+        nonlocal asked
+        asked = command_line.parse(sys.argv[1:] if argv is None else argv)
+        with stop:
+            train_grid(asked.config, asked.workdir, stop)
+
+    return guarded(
+        body, lambda: f"python -m experiments.train {shlex.join(asked.words) if asked else ''}"
+    )
+
+
+def guarded(body: Callable[[StopRequests], None], again: Callable[[], str]) -> int:
+    """Runs a command that trains, and says in a line or two what went wrong.
+
+    Args:
+      body: the command; it enters the StopRequests that it is given while it trains.
+      again: the command line that goes on where it was.
+
+    Returns:
+      The exit code: 0, 1 (diverged, damaged data, a full disk), 2 (wrong setting), 75 (another
+      process is gone), 130 (Ctrl-C) or 143 (SIGTERM, or a preemption notice).
+    """
 
     def tell(text: str) -> None:
         who = "" if distributed.is_main() else f"process {jax.process_index()}: "
         print(f"{who}{text.lstrip()}" if who else text, file=sys.stderr)
 
-    def again() -> str:
-        return (
-            f"to continue: python -m experiments.train {shlex.join(asked.words) if asked else ''}"
-        )
-
     stop = StopRequests()
     try:
-        asked = command_line.parse(sys.argv[1:] if argv is None else argv)
-        with stop:
-            train_grid(asked.config, asked.workdir, stop)
+        body(stop)
     except StoppedError as stopped:
-        tell(f"\nstopped and saved: {stopped}; {again()}")
+        tell(f"\nstopped and saved: {stopped}; to continue: {again()}")
         return stop.exit_code()
     except ConfigError as error:
         tell(f"error: {error}")
@@ -173,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"error: {error}")
         return 1
     except OSError as error:
-        tell(f"error: {error}; {again()}")
+        tell(f"error: {error}; to continue: {again()}")
         return 1
     except jax.errors.JaxRuntimeError as error:
         line = str(error).splitlines()[0]
@@ -187,12 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: process {jax.process_index()} has lost another one ({line}); start all of them"
-            f" again, they go on from the last checkpoint; {again()}",
+            f" again, they go on from the last checkpoint; to continue: {again()}",
             file=sys.stderr,
         )
         return distributed.LOST
     except KeyboardInterrupt:
-        tell(f"\ninterrupted; {again()}")
+        tell(f"\ninterrupted; to continue: {again()}")
         return stop.exit_code(signal.SIGINT)
     return 0
 

@@ -1,11 +1,14 @@
 """The folder of a grid of runs.
 
     config.json            the resolved config; a folder belongs to one config
-    runs/METHOD-seedK/     metrics.jsonl, checkpoints/, and once the run is finished fan_in.npz and
+    runs/METHOD-seedK/     run.json (config; commit, versions and device, each time it was started),
+                           metrics.jsonl, checkpoints/, and once the run is finished fan_in.npz and
                            result.json
+    batches/NAME/          checkpoints/ of runs that train together in one program, and runs.json,
+                           which names them
     metrics.jsonl          the lines of all finished runs
     result.json            final metrics and digests of all runs, summary, environment
-    accuracy.png, fan_in.png
+    accuracy.png, loss.png, fan_in.png
 
 Only a run's own folder is written to while it trains; everything else is made from finished runs,
 whole or not at all. What an interrupted run's log has beyond its last checkpoint is dropped when
@@ -25,7 +28,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments import metrics, report
@@ -33,9 +36,15 @@ from experiments.config import SPECS, Config, ConfigError
 
 _MAY_CHANGE = (
     "data_dir", "loader_threads", "loader_processes", "max_corrupt", "loggers",
-    "checkpoint_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp",
+    "checkpoint_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp", "seeds", "compare",
+    "batch_runs",
 )  # fmt: skip
-"""Fields that say how a run is done, not what: where data is read, what is kept, which devices."""
+"""Fields that say how a run is done, not what: where data is read, what is kept, which devices; and
+which runs a grid has: further seeds and methods join those that are there."""
+
+
+class LockedError(ConfigError):
+    """Another process trains in a folder."""
 
 
 @contextlib.contextmanager
@@ -57,7 +66,7 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(
+            raise LockedError(
                 f"--workdir={folder}: another process trains in it ({file.read().strip()}); wait"
                 " for it, or give another --workdir"
             ) from None
@@ -70,7 +79,7 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
 
 
 def open_for(config: Config, folder: pathlib.Path) -> None:
-    """Writes `config.json` into `folder`, or checks that it holds the same config.
+    """Writes `config.json` into `folder`, unless it holds another experiment's.
 
     Raises:
       ConfigError: the folder cannot be written, or belongs to another config; the message names
@@ -79,13 +88,13 @@ def open_for(config: Config, folder: pathlib.Path) -> None:
     try:
         path = folder / "config.json"
         new = json.loads(json.dumps(dataclasses.asdict(config)))
-        if not path.exists():
+        old = metrics.read_json(path) if path.exists() else {}
+        if old:
+            check_same(config, old, f"--workdir={folder} holds runs")
+        if old != new:
             metrics.write_json(path, new)
-            return
-        old = metrics.read_json(path)
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
-    check_same(config, old, f"--workdir={folder} holds runs")
 
 
 def check_same(config: Config, old: Mapping[str, Any], what: str) -> None:
@@ -114,39 +123,73 @@ def run_folder(folder: pathlib.Path, method: str, seed: int) -> pathlib.Path:
     return folder / "runs" / f"{method}-seed{seed}"
 
 
-def is_finished(folder: pathlib.Path, method: str, seed: int) -> bool:
-    """Whether a run has written its result, which is the last thing it does."""
+def runs_of(config: Config) -> list[tuple[str, int]]:
+    """Method and seed of each run of a config, in the order of the grid."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [(method, seed) for method in config.methods() for seed in seeds]
+
+
+def missing(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
+    """Those runs of a config that `folder` does not hold: a run writes its result last."""
+    return [run for run in runs_of(config) if not _is_finished(folder, *run)]
+
+
+def together(
+    config: Config, folder: pathlib.Path, todo: Sequence[tuple[str, int]]
+) -> list[tuple[pathlib.Path, list[tuple[str, int]]]]:
+    """Runs that train in one program, where those are wanted (`batched`).
+
+    Methods that lack the same seeds train together. A group that was interrupted goes on as it was.
+
+    Args:
+      config: of the work folder.
+      folder: the work folder.
+      todo: the runs that are missing.
+
+    Returns:
+      Of each group: its own folder, for checkpoints, and its runs, methods in the config's order.
+    """
+    left = list(todo)
+    groups = []
+    for path in sorted((folder / "batches").glob("*/runs.json")):
+        runs = [(method, seed) for method, seed in metrics.read_json(path)]
+        if any(run in left for run in runs) and set(runs) <= set(runs_of(config)):
+            groups.append((path.parent, runs))
+            left = [run for run in left if run not in runs]
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for method in config.methods():
+        seeds = tuple(seed for of, seed in left if of == method)
+        if seeds:
+            by_seeds.setdefault(seeds, []).append(method)
+    for seeds, methods in by_seeds.items():
+        name = "-".join((*methods, "seeds", *map(str, seeds)))
+        groups.append((folder / "batches" / name, [(m, s) for m in methods for s in seeds]))
+    return groups
+
+
+def _is_finished(folder: pathlib.Path, method: str, seed: int) -> bool:
     return (run_folder(folder, method, seed) / "result.json").is_file()
 
 
-def _finished(
-    folder: pathlib.Path, methods: Iterable[str], seeds: Sequence[int]
-) -> list[pathlib.Path]:
-    return [
-        run_folder(folder, method, seed)
-        for method in methods
-        for seed in seeds
-        if is_finished(folder, method, seed)
-    ]
+def _finished(config: Config, folder: pathlib.Path) -> list[pathlib.Path]:
+    runs = (run for run in runs_of(config) if _is_finished(folder, *run))
+    return [run_folder(folder, *run) for run in runs]
 
 
-def merge_metrics(folder: pathlib.Path, methods: Iterable[str], seeds: Sequence[int]) -> None:
+def merge_metrics(config: Config, folder: pathlib.Path) -> None:
     """Makes `metrics.jsonl` from the finished runs, in the order of the grid."""
-    runs = _finished(folder, methods, seeds)
+    runs = _finished(config, folder)
     lines = b"".join((run / "metrics.jsonl").read_bytes() for run in runs)
     metrics.write_atomically(folder / "metrics.jsonl", lines)
 
 
-def merge_results(
-    config: Config, folder: pathlib.Path, methods: Iterable[str], seeds: Sequence[int]
-) -> None:
+def merge_results(config: Config, folder: pathlib.Path) -> None:
     """Makes `result.json` from the finished runs.
 
     Its `state_sha256` is the digest of the runs' digests in the order of the grid, and its
     `environment` that of the last run; a run made in another environment has its own as well.
     """
-    methods = list(methods)
-    runs = [report.load_run(run) for run in _finished(folder, methods, seeds)]
+    runs = [report.load_run(run) for run in _finished(config, folder)]
     results = [dict(run.result) for run in runs]
     environment = results[-1]["environment"]
     for result in results:

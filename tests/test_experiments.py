@@ -103,7 +103,7 @@ def finished(compiled, tmp_path_factory):
 
 def test_the_folder_has_everything(finished):
     names = {path.name for path in finished.iterdir()} - {".lock"}
-    pictures = {"accuracy.png", "fan_in.png"}
+    pictures = {"accuracy.png", "loss.png", "fan_in.png"}
     assert names == {"config.json", "metrics.jsonl", "result.json", "runs"} | pictures
     config = json.loads((finished / "config.json").read_text())
     assert config["steps"] == STEPS

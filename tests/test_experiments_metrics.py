@@ -78,15 +78,14 @@ def test_progress_prints_lines_without_a_terminal():
     text = io.StringIO()
     progress = Progress(
         runs=2,
-        steps_per_run=10,
-        epochs=5,
+        steps=20,
         finished=1,
         console=rich.console.Console(file=text, width=200, soft_wrap=True),
         clock=lambda: now[0],
     )
     with progress.live():
         assert progress.time_left() is None
-        with progress.running("sgd", 4):
+        with progress.running("sgd seed 4", 10, epochs=5):
             now[0] += 10
             progress.update(5, 3, {"loss": 0.25, "test_accuracy": 0.915, "density": 0.05})
             # 15 steps at 2 seconds each.
@@ -106,8 +105,8 @@ def test_progress_prints_lines_without_a_terminal():
 def test_progress_draws_a_bar_on_a_terminal():
     text = io.StringIO()
     console = rich.console.Console(file=text, width=80, force_terminal=True)
-    progress = Progress(runs=1, steps_per_run=2, epochs=1, console=console)
-    with progress.live(), progress.running("dense", 0):
+    progress = Progress(runs=1, steps=2, console=console)
+    with progress.live(), progress.running("dense seed 0", 2, epochs=1):
         progress.update(2, 1, {"loss": 0.5, "test_accuracy": 0.9, "density": 1.0})
     for part in (
         "[1/1] dense seed 0",
@@ -118,3 +117,27 @@ def test_progress_draws_a_bar_on_a_terminal():
         "left",
     ):
         assert part in text.getvalue()
+
+
+def test_progress_of_runs_that_train_together_and_of_others_that_do_not():
+    """Runs of 10 steps: three together, one that another process takes over, one more."""
+    now = [0.0]
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=200, soft_wrap=True)
+    progress = Progress(runs=5, steps=50, console=console, clock=lambda: now[0])
+    with progress.running("sgd seeds 0-2", 10, epochs=2, together=3):
+        progress.resumed(4)
+        now[0] += 6
+        progress.update(6, 2, {"loss": 0.5})
+        # 6 of the 38 steps that were left are done.
+        assert progress.time_left() == pytest.approx(32)
+    progress.skipped(1, 10)
+    with progress.running("sgd seed 4", 10, epochs=2):
+        # 18 steps in 6 seconds; 10 are left.
+        assert progress.time_left() == pytest.approx(10 * 6 / 18)
+        now[0] += 4
+        progress.update(10, 2, {"loss": 0.25})
+        assert progress.time_left() == 0
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "[1-3/5] sgd seeds 0-2: continuing from step 4"
+    assert lines[-1] == "[5/5] sgd seed 4  epoch 2/2  loss 0.250  0:00 left"

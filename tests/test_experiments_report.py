@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import report
+from experiments import plots, report
 from experiments.config import ConfigError
 
 # sparseopt - sgd is 0.03, 0.01 and 0.05: mean 0.03, standard deviation 0.02.
@@ -24,9 +24,10 @@ def write_run(workdir, method, seed, accuracy):
         "seed": seed,
         "test_accuracy": accuracy,
         "density": 1.0 if method == "dense" else 0.05,
+        "steps": 80,
     }
     (folder / "result.json").write_text(json.dumps(result))
-    lines = [{"kind": "train", "step": 1, "loss": 1.0}]
+    lines = [{"kind": "train", "step": 10 * e, "epoch": e, "loss": 1 / e} for e in range(1, 9)]
     lines += [
         {"kind": "eval", "epoch": e, "test_accuracy": accuracy - 0.5 / e**2} for e in range(1, 9)
     ]
@@ -57,15 +58,12 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_describe():
-    """1, 2, 3, 4: variance (2.25 + 0.25 + 0.25 + 2.25) / 3; t at 3 degrees of freedom 3.182446."""
-    found = report.describe([1.0, 2.0, 3.0, 4.0])
-    assert (found.n, found.mean) == (4, 2.5)
-    assert found.std == pytest.approx(math.sqrt(5 / 3))
-    half = 3.182446 * math.sqrt(5 / 3) / 2
-    assert found.ci95 == pytest.approx((2.5 - half, 2.5 + half), rel=1e-6)
-    single = report.describe([0.5])
-    assert (single.n, single.mean, single.std, single.ci95) == (1, 0.5, None, None)
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures by name, which are not written but kept."""
+    found = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: found.update({path.name: figure}))
+    return found
 
 
 def test_summary(workdir):
@@ -80,17 +78,21 @@ def test_summary(workdir):
         math.sqrt(0.0012)
     )
     paired = summary["paired"]["sparseopt - sgd"]
-    assert paired["differences"] == pytest.approx([0.03, 0.01, 0.05])
+    assert paired["test_accuracy"]["differences"] == pytest.approx([0.03, 0.01, 0.05])
     half = T_2 * 0.02 / math.sqrt(3)
     assert paired["test_accuracy"]["ci95"] == pytest.approx((0.03 - half, 0.03 + half), rel=1e-6)
     assert paired["test_accuracy"]["std"] == pytest.approx(0.02)
+    # With 2 degrees of freedom P(|T| > t) = 1 - t / sqrt(2 + t^2).
+    t = 0.03 * math.sqrt(3) / 0.02
+    assert paired["test_accuracy"]["p"] == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    assert paired["train_loss"] is None  # these results have none
 
 
 def test_pairs_are_seeds_that_both_methods_have(workdir):
     (workdir / "runs/sgd-seed1/result.json").unlink()  # as if it were not finished
     paired = report.summarize(report.load_runs(workdir))["paired"]["sparseopt - sgd"]
     assert paired["seeds"] == [0, 2]
-    assert paired["differences"] == pytest.approx([0.03, 0.05])
+    assert paired["test_accuracy"]["differences"] == pytest.approx([0.03, 0.05])
 
 
 def test_table(workdir):
@@ -102,26 +104,47 @@ def test_table(workdir):
     assert lines[5].endswith("(percentage points): +3.00, +1.00, +5.00")
     # 100 * (0.03 - and + 4.302653 * 0.02 / sqrt(3))
     assert "mean +3.00 ± 2.00, 95 % confidence interval [-1.97, +7.97]" in lines[6]
-    assert lines[6].endswith("n = 3")
+    assert lines[6].endswith("n = 3, p = 0.1217")
+    assert "p < 0.01 (*) is what we call a difference. Of 1 comparison" in lines[-2]
 
 
 def test_pictures(workdir):
     written = report.write_pictures(report.load_runs(workdir), workdir)
-    assert [path.name for path in written] == ["accuracy.png", "fan_in.png"]
+    assert [path.name for path in written] == ["accuracy.png", "loss.png", "fan_in.png"]
     for path in written:
         height, width, _ = matplotlib.image.imread(path).shape
         assert height > 200
         assert width > 400
 
 
-def test_command(workdir, capsys):
+def test_pictures_show_the_runs(workdir, drawn):
+    report.write_pictures(report.load_runs(workdir), workdir)
+    (axes,) = drawn["accuracy.png"].axes
+    dense, sgd, sparseopt = axes.lines
+    epochs = np.arange(1, 9)
+    for line, mean in ((dense, 99), (sgd, 92), (sparseopt, 95)):
+        np.testing.assert_allclose(line.get_ydata(), mean - 50 / epochs**2)
+    assert axes.get_title() == "n = 1 dense, 3 sgd, 3 sparseopt"
+    (axes,) = drawn["loss.png"].axes
+    for line in axes.lines:
+        np.testing.assert_allclose(line.get_xydata(), np.transpose([epochs, 1 / epochs]))
+
+
+def test_command(workdir, drawn, capsys):
     assert report.main([str(workdir)]) == 0
     printed = capsys.readouterr().out
     assert "sparseopt - sgd, paired by seed" in printed
     assert str(workdir / "fan_in.png") in printed
 
 
-def test_uniform_says_why_its_density_is_higher(workdir, capsys):
+def test_the_command_says_which_runs_are_missing(workdir, drawn, capsys):
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"seeds": 3}))
+    assert report.main([str(workdir)]) == 0
+    assert f"not finished:\n  {workdir}: 7 of 9 runs\n" in capsys.readouterr().out
+
+
+def test_uniform_says_why_its_density_is_higher(workdir, drawn, capsys):
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"distribution": "uniform"}))
     assert report.main([str(workdir)]) == 0

@@ -74,6 +74,7 @@ class DeviceData:
     ) -> None:
         """Keeps what it is given; the dataset lies on the same mesh."""
         self.mesh = mesh
+        self._dataset = dataset
         self.train, self._test = dataset.train, dataset.test
         self.num_classes = dataset.num_classes
         _, height, width, channels = dataset.train.images.shape
@@ -84,6 +85,10 @@ class DeviceData:
         self.steps_per_epoch = self.train_examples // config.batch_size
         self.augmentation: Any = _augmentation(config, streamed=False)
         self._batch_size = config.batch_size
+
+    def with_config(self, config: Config) -> DeviceData:
+        """The same images, with another config's batch size and augmentation."""
+        return DeviceData(self._dataset, config, self.corrupt, self.mesh)
 
     def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
         """As `Data.train_batches`."""

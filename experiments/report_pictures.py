@@ -1,0 +1,244 @@
+"""The pictures of a report: which numbers of finished runs go into which figure."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from experiments import plots
+from experiments.finished_runs import COMPARED, Run, by_method, training_flops
+from experiments.plots import Curve, Point
+
+_TOPOLOGIES = {"rigl": "RigL", "set": "SET", "static": "static masks", "dense": "dense"}
+
+
+def write_pictures(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Writes the pictures of one work folder.
+
+    Args:
+      runs: its finished runs.
+      workdir: where the pictures go.
+
+    Returns:
+      Paths of `accuracy.png`, `loss.png`, and of `fan_in.png` where a run is sparse. Runs whose
+      log has lost its evaluations, or all its lines, are not in the first two.
+    """
+    folder = pathlib.Path(workdir)
+    config = runs[0].config
+    trained = f"{config['model']} on {config['dataset']}"
+    spread = {"uniform": "uniform"}.get(config["distribution"], config["distribution"].upper())
+    sparse = f"{spread} {config['sparsity']:g}, {_TOPOLOGIES[config['topology']]}"
+    title = f"{trained}; sparse methods: {sparse}"
+    figures = {}
+    accuracies, losses = {"": _accuracies(runs)}, {"": _curves(runs, "train", "loss")}
+    if accuracies[""]:
+        figures["accuracy.png"] = plots.curves(accuracies, "test accuracy (%)", title, top=100)
+    if losses[""]:
+        figures["loss.png"] = plots.curves(losses, "training loss", title, log=True)
+    groups = by_method(run for run in runs if run.fan_in)
+    if groups:
+        everything = [run for group in groups.values() for run in group]
+        figures["fan_in.png"] = plots.fan_in(
+            before=_layers(everything, "before/"),
+            after={method: _layers(group, "after/") for method, group in groups.items()},
+            sizes={name: size.item() for name, size in _layers(everything[:1], "size/").items()},
+            title=f"{trained}, {sparse}",
+        )
+    return _save(figures, folder)
+
+
+def write_sweep_pictures(
+    sweep: Mapping[str, Sequence[Run]], title: str, folder: str | os.PathLike[str]
+) -> list[pathlib.Path]:
+    """Writes the pictures of a sweep.
+
+    Args:
+      sweep: finished runs by setting.
+      title: the name of the sweep.
+      folder: where the pictures go.
+
+    Returns:
+      Paths of `curves.png` (test accuracy), `loss.png`, `difference_accuracy.png`,
+      `difference_loss.png`, `itop.png` and `flops.png`, each only where it has data. Those with
+      more than 12 settings go on in `curves-2.png` and so on.
+    """
+    figures: dict[str, matplotlib.figure.Figure] = {}
+
+    def draw(
+        name: str, find: Callable[[Sequence[Run]], dict[str, Curve]], ylabel: str, **options: Any
+    ) -> None:
+        found = {setting: find(runs) for setting, runs in sweep.items()}
+        panels = [(setting, methods) for setting, methods in found.items() if methods]
+        most = plots.MOST_PANELS
+        for first in range(0, len(panels), most):
+            file = f"{name}-{first // most + 1}.png" if first else f"{name}.png"
+            some = dict(panels[first : first + most])
+            figures[file] = plots.curves(some, ylabel, title, **options)
+
+    draw("curves", _accuracies, "test accuracy (%)", top=100)
+    draw("loss", lambda runs: _curves(runs, "train", "loss"), "training loss", log=True)
+    draw(
+        "difference_accuracy",
+        lambda runs: _differences(runs, "eval", "test_accuracy", 100),
+        "test accuracy: difference (points)",
+        band="ci95",
+    )
+    draw(
+        "difference_loss",
+        lambda runs: _differences(runs, "train", "loss"),
+        "training loss: difference",
+        band="ci95",
+    )
+    draw("itop", lambda runs: _curves(runs, "train", "itop_rate"), "ITOP rate R_m")
+    panels = _flops(sweep)
+    if panels:
+        figures["flops.png"] = plots.flops(panels, "test accuracy (%)", title)
+    return _save(figures, pathlib.Path(folder))
+
+
+def _save(
+    figures: Mapping[str, matplotlib.figure.Figure], folder: pathlib.Path
+) -> list[pathlib.Path]:
+    for name, figure in figures.items():
+        plots.save(figure, folder / name)
+    return [folder / name for name in figures]
+
+
+def _accuracies(runs: Iterable[Run]) -> dict[str, Curve]:
+    return _curves(runs, "eval", "test_accuracy", 100)
+
+
+def _curves(runs: Iterable[Run], kind: str, name: str, scale: float = 1) -> dict[str, Curve]:
+    """One number of the log against epochs, by method, at the epochs that all its runs have."""
+    found = {}
+    for method, group in by_method(runs).items():
+        curve = _stacked([_values(run, kind, name) for run in group], scale)
+        if curve is not None:
+            found[method] = curve
+    return found
+
+
+def _values(run: Run, kind: str, name: str) -> dict[float, float]:
+    """One number of the log by epoch, where there is one."""
+    lines = (line for line in run.metrics if line["kind"] == kind)
+    return {line["epoch"]: line[name] for line in lines if line.get(name) is not None}
+
+
+def _stacked(found: Sequence[Mapping[float, float]], scale: float) -> Curve | None:
+    if not found:
+        return None
+    epochs = sorted(set(found[0]).intersection(*found))  # a log may have lost lines
+    if not epochs:
+        return None
+    values = np.array([[of_run[epoch] for epoch in epochs] for of_run in found])
+    return Curve(np.array(epochs), scale * values)
+
+
+def _differences(runs: Iterable[Run], kind: str, name: str, scale: float = 1) -> dict[str, Curve]:
+    """Differences of one number of the log by pair of methods, seed by seed."""
+    values = {
+        method: {run.result["seed"]: _values(run, kind, name) for run in group}
+        for method, group in by_method(runs).items()
+    }
+    found = {}
+    for one, other in COMPARED:
+        left, right = values.get(one, {}), values.get(other, {})
+        pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+        curve = _stacked([{e: a[e] - b[e] for e in a.keys() & b.keys()} for a, b in pairs], scale)
+        if curve is not None:
+            found[f"{one} - {other}"] = curve
+    return found
+
+
+def _flops(sweep: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, list[list[Point]]]]:
+    """Ends of runs, a panel for each task and topology: method -> lines of points.
+
+    Points of one method are a line where nothing but the length of the runs differs. Dense runs are
+    in all panels of their task.
+    """
+    ends: dict[tuple[str, ...], dict[tuple[str, str], list[Point]]] = {}
+    dense: dict[tuple[str, ...], dict[tuple[str, str], list[Point]]] = {}
+    for runs in sweep.values():
+        for method, group in by_method(runs).items():
+            config = group[0].config
+            sparse = method != "dense"
+            point = _end(group, f"{config['sparsity']:g}" if sparse else "")
+            if point is None:
+                continue
+            task = _task(config)
+            panel = (*task, _TOPOLOGIES[config["topology"] if sparse else "dense"])
+            lines = ends.setdefault(panel, {}) if sparse else dense.setdefault(task, {})
+            same = _without(config, _LENGTH if sparse else (*_LENGTH, *_SPARSITY))
+            lines.setdefault((method, same), []).append(point)
+    if not ends:
+        ends = {(*task, _TOPOLOGIES["dense"]): {} for task in dense}
+    panels = {}
+    for panel, found in ends.items():
+        methods: dict[str, list[list[Point]]] = {}
+        for (method, _), points in (dense.get(panel[:-1], {}) | found).items():
+            methods.setdefault(method, []).append(_line(points))
+        panels[panel] = methods
+    varying = [len(set(column)) > 1 for column in zip(*panels, strict=True)]
+    titles = {
+        panel: ", ".join(w for w, varies in zip(panel, varying, strict=True) if w and varies)
+        for panel in panels
+    }
+    return {titles[panel] or panel[-1]: methods for panel, methods in panels.items()}
+
+
+def _task(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What makes accuracies comparable, in words."""
+    pool = config.get("pool", 1)
+    return (
+        config["dataset"],
+        "pairs" if config.get("pairs") else "",
+        f"pooled by {pool}" if pool > 1 else "",
+        config.get("train_split", "train"),
+    )
+
+
+def _end(group: Sequence[Run], label: str) -> Point | None:
+    counted = [training_flops(run) for run in group]
+    reached = [run.result.get("test_accuracy") for run in group]
+    if None in counted or None in reached:
+        return None
+    flops = float(np.mean([pair[0] for pair in counted if pair is not None]))
+    return Point(flops, 100 * np.array(reached, dtype=float), label)
+
+
+def _line(points: Sequence[Point]) -> list[Point]:
+    """Points by FLOPs, each once: several settings may have the same runs."""
+    distinct = {(point.flops, point.values.tobytes()): point for point in points}
+    return sorted(distinct.values(), key=lambda point: point.flops)
+
+
+_LENGTH = (
+    "epochs", "steps", "seed", "seeds", "compare", "data_dir", "loggers", "log_every",
+    "eval_every", "eval_steps", "diagnostics_every", "hessian_every", "checkpoint_every",
+    "keep_last", "keep_best",
+)  # fmt: skip
+"""Fields that may differ between settings of which one is the other, trained for longer."""
+
+_SPARSITY = (
+    "sparsity", "distribution", "fan_in_spread", "init", "topology", "update_interval",
+    "drop_fraction", "update_end", "grow_by", "optimizer", "average_over", "correct", "ham_alpha",
+    "ham_beta",
+)  # fmt: skip
+"""Fields without a meaning for dense runs."""
+
+
+def _without(config: Mapping[str, Any], fields: Sequence[str]) -> str:
+    return repr(sorted((name, value) for name, value in config.items() if name not in fields))
+
+
+def _layers(runs: Sequence[Run], prefix: str) -> dict[str, np.ndarray]:
+    """Arrays of all runs, stacked along a new first axis, by the layer they belong to."""
+    names = [name for name in runs[0].fan_in if name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix): np.stack([run.fan_in[name] for run in runs]) for name in names
+    }

@@ -1,0 +1,150 @@
+"""Several settings in one folder, each trained as `experiments.train` does it.
+
+    sweep.json         the sweep's name and its settings, in order
+    <setting>/         the work folder of one setting, see `workdir`
+
+A sweep can be stopped at any moment and started again: finished runs are kept, a run that is under
+way goes on from its checkpoint. The same sweep may be started several times side by side, on one
+machine or on several that share the folder: each process takes settings that no other has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments import data, distributed, loggers, metrics, train, workdir
+from experiments.config import Config, ConfigError
+from experiments.progress import Progress
+from experiments.run import total_steps
+from experiments.stopping import StopRequests
+
+_OF_DATA = (
+    "dataset", "data_dir", "train_split", "test_split", "label", "num_classes", "storage", "pool",
+    "pairs", "max_corrupt", "mesh_data", "mesh_fsdp",
+)  # fmt: skip
+"""Fields that say which images are put on the device; settings that agree in them share these."""
+
+
+@dataclasses.dataclass
+class _Setting:
+    """One setting, and how many runs and steps of it the progress bar counts as left."""
+
+    name: str
+    config: Config
+    folder: pathlib.Path
+    runs: int
+    steps_per_run: int
+
+
+def train_sweep(
+    name: str, settings: Mapping[str, Config], folder: pathlib.Path, stop: StopRequests
+) -> bool:
+    """Trains every run of every setting that `folder` does not hold yet.
+
+    Args:
+      name: of the sweep.
+      settings: configs by name; a name is a relative path, where the setting's work folder goes.
+      folder: where everything goes; made where there is none.
+      stop: says when to stop.
+
+    Returns:
+      Whether all runs are finished; if not, other processes train those that are missing.
+
+    Raises:
+      CheckpointError, ConfigError, DataError, DivergedError, StoppedError: as `train.train_grid`.
+    """
+    console = train.make_console()
+    say = functools.partial(console.print, markup=False)
+    datasets = _Datasets(say)
+    plan = _plan(settings, folder, datasets)
+    distributed.from_main(lambda: _write(name, settings, folder))
+    runs = sum(setting.runs for setting in plan)
+    total = sum(len(workdir.runs_of(config)) for config in settings.values())
+    steps = sum(setting.runs * setting.steps_per_run for setting in plan)
+    progress = Progress(runs, steps, total - runs, console)
+    say(f"{name}: {len(settings)} setting(s), {total - runs} of {total} runs are done\n{folder}\n")
+    with progress.live():
+        left = _train_free(plan, datasets, progress, stop)
+        # What another process had may be done, or given up, by now.
+        left = _train_free(left, datasets, progress, stop)
+    for setting in left:
+        say(f"{setting.name}: another process trains in {setting.folder}")
+    return not left
+
+
+def _write(name: str, settings: Mapping[str, Config], folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"name": name, "settings": list(settings)}
+        metrics.write_json(folder / "sweep.json", content)
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
+
+
+class _Datasets:
+    """The data of settings; what lies on the device is loaded once for all that share it."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._loaded: dict[tuple[Any, ...], data.DeviceData] = {}
+
+    def of(self, config: Config) -> data.DeviceData | data.StreamedData:
+        key = tuple(getattr(config, name) for name in _OF_DATA)
+        if key in self._loaded:
+            return self._loaded[key].with_config(config)
+        loaded = data.load(config, self._say)
+        if isinstance(loaded, data.DeviceData):
+            self._loaded[key] = loaded
+        return loaded
+
+
+def _plan(
+    settings: Mapping[str, Config], folder: pathlib.Path, datasets: _Datasets
+) -> list[_Setting]:
+    """What there is to do; says what cannot work before anything is written."""
+    plan = []
+    for name, config in settings.items():
+        loggers.check_installed(config.loggers)
+        dataset = datasets.of(config)
+        train.check(config, data.steps_per_epoch(config, dataset))
+        runs = len(distributed.from_main(lambda: workdir.missing(config, folder / name)))  # noqa: B023
+        steps = total_steps(config, dataset)
+        plan.append(_Setting(name, config, folder / name, runs, steps))
+    return plan
+
+
+def _train_free(
+    plan: Sequence[_Setting], datasets: _Datasets, progress: Progress, stop: StopRequests
+) -> list[_Setting]:
+    """Trains the settings that no other process has; returns those that another one has."""
+    taken = []
+    for setting in plan:
+        try:
+            with distributed.lock(lambda: workdir.lock(setting.folder)):  # noqa: B023
+                _train_setting(setting, datasets, progress, stop)
+        except workdir.LockedError:
+            taken.append(setting)
+    return taken
+
+
+def _train_setting(
+    setting: _Setting, datasets: _Datasets, progress: Progress, stop: StopRequests
+) -> None:
+    config, folder = setting.config, setting.folder
+    todo = train.open_folder(config, folder)
+    done = setting.runs - len(todo)  # by others, since the sweep began
+    progress.skipped(done, done * setting.steps_per_run)
+    setting.runs = len(todo)
+    dataset = datasets.of(config)
+    if todo:
+        methods = ", ".join(config.methods())
+        progress.console.print(
+            f"{setting.name}: {config.model} on {config.dataset}: {methods}; {config.seeds}"
+            f" seed(s), {setting.steps_per_run} steps; {train.devices(dataset)}",
+            markup=False,
+        )
+    train.train_missing(config, folder, todo, dataset, progress, stop, f"{setting.name} ")

@@ -1,0 +1,176 @@
+"""Methods and seeds in one program: equal to the same runs one by one, and as interruptible."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from experiments import batched, report, train, workdir
+from experiments.config import Config
+from tests.train_runs import (
+    compiled_once,
+    read_lines,
+    standard_promotion,
+    train_here,
+    without_timing,
+)
+
+METHODS = ("dense", "sgd", "sparseopt")
+STEPS = 25
+# Topology updates at steps 5, 10 and 15; an epoch has 11 steps.
+CONFIG = Config(
+    mesh_data=1, model="mlp", hidden=8, sparsity=0.8, compare=METHODS, seeds=2, epochs=3,
+    steps=STEPS, update_interval=5, update_end=0.5, log_every=4, augmentation="crop",
+    diagnostics_every=1, checkpoint_every=7, keep_best=False, learning_rate=0.05,
+)  # fmt: skip
+TOGETHER = ("--config.batch_runs=yes", "--config.steps_per_call=3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    """Three methods take a while to compile: once for all of the tests."""
+    made, cache = train.Batched, {}
+
+    def cached(members, model, dataset, steps_per_call):
+        key = tuple(members), steps_per_call
+        if key not in cache:
+            cache[key] = made(members, model, dataset, steps_per_call)
+        return cache[key]
+
+    with standard_promotion(), compiled_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Batched", cached)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert train_here(folder, CONFIG) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together") / "run"
+    assert train_here(folder, CONFIG, *TOGETHER) == 0
+    return folder
+
+
+def test_six_runs_together_equal_six_single_runs(alone, together):
+    """Masks, fan-ins and counts exactly, losses and accuracies but for the order of additions."""
+    assert not (alone / "batches").exists()
+    pairs = zip(report.load_runs(alone), report.load_runs(together), strict=True)
+    for one, other in pairs:
+        for name in ("method", "seed", "steps", "active_weights", "itop_rate", "flops_per_example"):
+            assert one.result[name] == other.result[name], name
+        # One of the 355 test images more or less.
+        assert abs(one.result["test_accuracy"] - other.result["test_accuracy"]) < 1.01 / 355
+        assert one.fan_in.keys() == other.fan_in.keys()
+        for path, fan_in in one.fan_in.items():
+            np.testing.assert_array_equal(fan_in, other.fan_in[path], err_msg=path)
+        assert [(x["kind"], x["step"]) for x in one.metrics] == [
+            (x["kind"], x["step"]) for x in other.metrics
+        ]
+        for ours, theirs in zip(one.metrics, other.metrics, strict=True):
+            assert ours.keys() == theirs.keys()
+            if ours["kind"] == "train":
+                assert ours["mask_churn"] == theirs["mask_churn"]
+                np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+                np.testing.assert_allclose(
+                    ours["gradient_norm"], theirs["gradient_norm"], rtol=1e-3
+                )
+            if ours["kind"] == "diagnostics":
+                np.testing.assert_allclose(
+                    ours["gradient_norm"], theirs["gradient_norm"], rtol=1e-3
+                )
+
+
+def test_every_run_of_the_batch_is_a_run_of_its_own(together):
+    runs = report.load_runs(together)
+    assert [(run.result["method"], run.result["seed"]) for run in runs] == [
+        (method, seed) for method in METHODS for seed in (0, 1)
+    ]
+    assert len({run.result["state_sha256"] for run in runs}) == 6
+    assert {run.result["environment"]["backend"] for run in runs} == {"cpu"}
+
+
+def test_stopped_in_the_middle_it_goes_on_bit_for_bit(together, tmp_path, monkeypatch, capsys):
+    """SIGTERM before the step of the topology update at 10."""
+    folder, place = tmp_path / "run", batched.BatchedStepper._place
+
+    def signalled(self, step):
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batched.BatchedStepper, "_place", signalled)
+        assert train_here(folder, CONFIG, *TOGETHER) == 143
+    assert "at step 10; to continue: python -m experiments.train" in capsys.readouterr().err
+    (checkpoints,) = folder.glob("batches/*/checkpoints")
+    assert [path.name for path in checkpoints.glob("1*")] == ["10"]
+    assert not list(folder.glob("runs/*/result.json"))
+    assert train_here(folder, CONFIG, *TOGETHER) == 0
+    assert "[1-6/6] dense, sgd, sparseopt seeds 0, 1: continuing from step 10" in (
+        capsys.readouterr().out
+    )
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (folder, together))
+    assert ours["state_sha256"] == theirs["state_sha256"]
+    for path in folder.glob("runs/*/run.json"):
+        origin = json.loads(path.read_text())
+        assert [session["from_step"] for session in origin["sessions"]] == [0, 10]
+        assert origin["config"]["update_interval"] == 5
+        assert origin["sessions"][1]["environment"]["versions"]["jax"]
+    for path in sorted(folder.glob("runs/*/metrics.jsonl")):
+        lines = [read_lines(f / path.relative_to(folder)) for f in (folder, together)]
+        assert [without_timing(x) for x in lines[0]] == [without_timing(x) for x in lines[1]]
+
+
+def test_a_seed_more_leaves_the_finished_runs_alone(together, monkeypatch):
+    before = {path: path.read_bytes() for path in together.glob("runs/*/result.json")}
+    todo = workdir.missing(Config(compare=METHODS, seeds=3), together)
+    assert todo == [(method, 2) for method in METHODS]
+    ((folder, runs),) = workdir.together(Config(compare=METHODS, seeds=3), together, todo)
+    assert runs == todo
+    assert folder.name == "dense-sgd-sparseopt-seeds-2"
+    assert before == {path: path.read_bytes() for path in together.glob("runs/*/result.json")}
+
+
+def test_methods_that_lack_the_same_seeds_train_together(tmp_path):
+    config = Config(compare=METHODS, seeds=2)
+    todo = [("dense", 1), ("sgd", 0), ("sgd", 1), ("sparseopt", 0), ("sparseopt", 1)]
+    groups = workdir.together(config, tmp_path, todo)
+    assert [runs for _, runs in groups] == [todo[:1], todo[1:]]
+    # What was under way goes on as it was, though one of its runs is finished.
+    folder = groups[1][0]
+    folder.mkdir(parents=True)
+    (folder / "runs.json").write_text(json.dumps(todo[1:]))
+    assert workdir.together(config, tmp_path, [("sparseopt", 1)]) == [(folder, todo[1:])]
+
+
+def test_a_loss_that_is_not_finite_names_the_run(tmp_path, monkeypatch, capsys):
+    """That of the second method and first seed, at step 6, in a loop of several steps."""
+    advance = batched.BatchedStepper.advance
+
+    def broken(self, state, count, stop=lambda: False):
+        first = self.step
+        state, measured = advance(self, state, count, stop)
+        for values in measured:
+            steps = len(values["loss"])
+            if first < 6 <= first + steps:
+                values["loss"] = values["loss"].at[5 - first, 1, 0].set(np.nan)
+            first += steps
+        return state, measured
+
+    monkeypatch.setattr(batched.BatchedStepper, "advance", broken)
+    assert train_here(tmp_path / "run", CONFIG, *TOGETHER) == 1
+    said = capsys.readouterr().err
+    assert "error: sgd seed 0: the loss is nan at step 6; trained alone, with batch_runs=no" in said
+
+
+def test_batch_runs_needs_one_device(tmp_path, capsys):
+    texts = ("--config.mesh_data=2", "--config.batch_size=130", *TOGETHER)
+    assert train_here(tmp_path / "run", CONFIG, *texts) == 2
+    assert "batch_runs='yes' must be auto or no" in capsys.readouterr().err
