@@ -14,13 +14,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import finished_runs
 from experiments.config import ConfigError
-from experiments.finished_runs import COMPARED, Run, by_method, load_run, load_runs, load_sweep
 from experiments.metrics import write_json
-from experiments.report_pictures import write_pictures, write_sweep_pictures
-from experiments.report_tables import QUANTITIES, sweep_tables, table, unfinished
-from experiments.seed_statistics import compare, describe
+from experiments.reporting import finished_runs
+from experiments.reporting.finished_runs import (
+    COMPARED,
+    Run,
+    by_method,
+    load_run,
+    load_runs,
+    load_sweep,
+)
+from experiments.reporting.pictures import write_pictures, write_sweep_pictures
+from experiments.reporting.seed_statistics import compare, describe
+from experiments.reporting.tables import QUANTITIES, sweep_tables, table, unfinished
 
 __all__ = [
     "COMPARED", "Run", "by_method", "load_run", "load_runs", "load_sweep", "main", "report",

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import jax
 import rich.console
@@ -293,18 +294,8 @@ def guarded(body: Callable[[StopRequests], None], again: Callable[[], str]) -> i
     return 0
 
 
-def command() -> int:
-    """Joins the other processes of the job, if there are any, and trains."""
-    try:
-        distributed.initialize()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return main()
-
-
-if __name__ == "__main__":
-    exit_code = command()
+def leave(exit_code: int) -> NoReturn:
+    """Ends the program, also where something is under way that cannot be stopped."""
     if exit_code > 128 and jax.process_count() > 1:
         # Or the others, which may not be done yet, would take this one for lost.
         jax.distributed.shutdown()  # type: ignore[no-untyped-call]
@@ -315,3 +306,17 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def join_and_run(main: Callable[[], int]) -> int:
+    """Joins the other processes of the job, if there are any, and runs a command."""
+    try:
+        distributed.initialize()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return main()
+
+
+if __name__ == "__main__":
+    leave(join_and_run(main))

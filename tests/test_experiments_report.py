@@ -7,8 +7,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import plots, report
+from experiments import report
 from experiments.config import ConfigError
+from experiments.reporting import plots
 
 # sparseopt - sgd is 0.03, 0.01 and 0.05: mean 0.03, standard deviation 0.02.
 ACCURACIES = {"sgd": (0.90, 0.92, 0.94), "sparseopt": (0.93, 0.93, 0.99), "dense": (0.99,)}

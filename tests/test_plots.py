@@ -4,8 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import plots
-from experiments.plots import Curve, Point
+from experiments.reporting import plots
+from experiments.reporting.plots import Curve, Point
 
 EPOCHS = np.array([1.0, 2.0, 3.0])
 MEAN = np.array([50, 60, 80])

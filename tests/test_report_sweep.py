@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments import finished_runs, plots, report
+from experiments import report
 from experiments.config import ConfigError
+from experiments.reporting import finished_runs, plots
 
 CONFIG = {
     "compare": ["sgd", "sparseopt"], "seeds": 3, "model": "resnet8", "dataset": "digits",

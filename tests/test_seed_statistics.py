@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import seed_statistics
+from experiments.reporting import seed_statistics
 
 # Student's t at 0.975 by degrees of freedom, from a printed table.
 TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}

@@ -19,7 +19,7 @@ import matplotlib.ticker
 import numpy as np
 
 from experiments.metrics import write_atomically
-from experiments.seed_statistics import half_width
+from experiments.reporting.seed_statistics import half_width
 
 LineStyle = str | tuple[int, tuple[int, ...]]
 """A line style as Matplotlib takes it: its name, or an offset and lengths of dashes and gaps."""

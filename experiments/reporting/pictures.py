@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from experiments import plots
-from experiments.finished_runs import COMPARED, Run, by_method, training_flops
-from experiments.plots import Curve, Point
+from experiments.reporting import plots
+from experiments.reporting.finished_runs import COMPARED, Run, by_method, training_flops
+from experiments.reporting.plots import Curve, Point
 
 _TOPOLOGIES = {"rigl": "RigL", "set": "SET", "static": "static masks", "dense": "dense"}
 

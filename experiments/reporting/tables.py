@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.seed_statistics import SIGNIFICANT
+from experiments.reporting.seed_statistics import SIGNIFICANT
 
 Row = Mapping[str, Any]
 

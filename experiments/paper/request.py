@@ -1,0 +1,175 @@
+"""The command line of `experiments.reproduce`: which table or figure, and cut to what."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import command_line
+from experiments.config import SPECS, ConfigError
+from experiments.paper.catalogue import BY_NAME
+from experiments.paper.reproductions import Reproduction, Setting, settings_of
+from experiments.paper.side_by_side import QUANTITIES
+
+_SHORT = ("dataset", "data_dir", "seeds")
+"""Fields that have an argument of their own name as well."""
+
+_ARGUMENTS = ("--workdir", "--epochs", "--settings", *(f"--{name}" for name in _SHORT))
+
+_OF_RATIO = (
+    "dataset", "data_dir", "train_split", "test_split", "label", "pool", "hidden", "batch_size",
+    "seed", "seeds",
+)  # fmt: skip
+"""Fields that mean something to the gradient ratio, which trains nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+      reproduction: the table or figure.
+      settings: what it trains, by name; one without a name where it is no sweep.
+      overrides: the fields that the command line gave, and its epochs.
+      workdir: the folder of all of it.
+      words: arguments that ask for the same again.
+    """
+
+    reproduction: Reproduction
+    settings: Mapping[str, Setting]
+    overrides: Mapping[str, Any]
+    workdir: pathlib.Path
+    words: tuple[str, ...]
+
+    def command(self) -> str:
+        """The command that asks for the same."""
+        return f"python -m experiments.reproduce {shlex.join(self.words)}"
+
+
+def _parser() -> command_line.Parser:
+    width = max(map(len, BY_NAME))
+    names = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in BY_NAME.items())
+    parser = command_line.Parser(
+        prog="python -m experiments.reproduce",
+        usage="%(prog)s NAME [--workdir=DIR] [--dataset=NAME] [--data_dir=DIR] [--epochs=N[,N...]]"
+        " [--seeds=N] [--settings=PATTERN[,...]] [--config.FIELD=VALUE ...]",
+        description="Trains what a table or figure of the paper shows, and puts the paper's numbers"
+        " beside ours.\nStarted again with the same folder, it continues.\n\n"
+        f"NAME is one of\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the table or figure, see above")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of it all (default: runs/NAME)")
+    parser.add_argument(
+        "--epochs", metavar="N[,N...]", help="lengths of training instead of the paper's"
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="PATTERN[,...]",
+        help="only the settings with such names, * and ? as in a shell, e.g. 'rigl-*'",
+    )
+    for name in _SHORT:
+        parser.add_argument(f"--{name}", metavar="VALUE", help=f"the same as --config.{name}")
+    command_line.add_overrides(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Reads the command line.
+
+    Args:
+      argv: the arguments, without the program's name.
+
+    Returns:
+      What is asked for; its folder is not created yet.
+
+    Raises:
+      ConfigError: anything is unknown or wrong.
+
+    Example:
+      >>> list(parse(["cifar100-table", "--epochs=2", "--config.sparsity=0.97"]).settings)
+      ['rigl-0.97-2epochs', 'set-0.97-2epochs']
+    """
+    given, unknown = _parser().parse_known_args(list(argv))
+    if given.name is None:
+        raise ConfigError(f"which table or figure? Names: {', '.join(BY_NAME)}")
+    if given.name not in BY_NAME:
+        hint = command_line.closest(given.name, BY_NAME)
+        raise ConfigError(f"{given.name}: no such table or figure.{hint}\n{_names()}")
+    if unknown:
+        raise ConfigError(command_line.unknown_argument(unknown[0], _ARGUMENTS))
+    reproduction = BY_NAME[given.name]
+    typed = {name: getattr(given, name) for name in ("epochs", "settings", *_SHORT)}
+    typed = {name: text for name, text in typed.items() if text is not None}
+    texts = command_line.override_texts(given)
+    for name in ("epochs", *_SHORT):
+        if name in typed and name in texts:
+            raise ConfigError(f"--{name} and --config.{name} mean the same; give one of them")
+    overrides = command_line.overrides(given)
+    for name in _SHORT:
+        if name in typed:
+            overrides[name] = _parsed(name, typed[name])
+    epochs = None if "epochs" not in typed else _epochs(typed["epochs"])
+    if "epochs" in overrides:
+        epochs = (overrides.pop("epochs"),)
+    reproduction = reproduction.on(overrides.get("dataset", reproduction.base.dataset))
+    settings = _settings(reproduction, overrides, epochs, typed.get("settings"))
+    workdir = pathlib.Path(given.workdir or f"runs/{reproduction.name}")
+    words = (
+        reproduction.name,
+        *(f"--{name}={text}" for name, text in typed.items()),
+        *(f"--config.{name}={text}" for name, text in texts.items()),
+        f"--workdir={workdir}",
+    )
+    if epochs is not None:
+        overrides["epochs"] = epochs
+    return Request(reproduction, settings, overrides, workdir, words)
+
+
+def _names() -> str:
+    return f"Names: {', '.join(BY_NAME)}"
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return SPECS[name].parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise ConfigError(
+            f"--epochs={text} must be integers of at least 1, separated by commas, e.g. 2 or 30,100"
+        )
+    return found
+
+
+def _settings(
+    reproduction: Reproduction,
+    overrides: Mapping[str, Any],
+    epochs: Sequence[int] | None,
+    patterns: str | None,
+) -> dict[str, Setting]:
+    name = reproduction.name
+    if reproduction.shows not in QUANTITIES and patterns is not None:
+        raise ConfigError(f"--settings={patterns}: {name} has one setting; leave it out")
+    if reproduction.shows == "gradient_ratio":
+        useless = [field for field in overrides if field not in _OF_RATIO]
+        if epochs is not None or useless:
+            field = "epochs" if epochs is not None else useless[0]
+            raise ConfigError(
+                f"--config.{field}: {name} is measured before any training, and takes"
+                f" {', '.join(_OF_RATIO)} only"
+            )
+    chosen = [] if patterns is None else [part for part in patterns.split(",") if part]
+    return settings_of(reproduction, overrides, epochs, chosen)

@@ -1,0 +1,363 @@
+"""Our numbers beside the paper's: rows, paired differences, and their tables as text.
+
+A row is one method of one setting, as JSON has it; percentages are percentages here, not fractions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.config import SPECS
+from experiments.paper import reported
+from experiments.paper.reproductions import Reproduction, Setting
+from experiments.reporting import seed_statistics
+from experiments.reporting.finished_runs import Run
+
+Row = dict[str, Any]
+
+PAIRS = {"sparseopt": "sgd", "sparseopt_ham": "ham"}
+"""Methods that are compared, seed by seed, with another one."""
+
+_NOT_PUBLISHED = ("average_over", "correct", "rescale", "fan_in_spread", "init")
+"""Fields that the paper's tables have at their defaults, as far as it says."""
+
+_TASK = (
+    "model", "dataset", "label", "train_split", "test_split", "pool", "pairs", "width",
+    "base_channels", "steps",
+)  # fmt: skip
+"""Fields that make another task, or a shorter training, of the paper's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """What a table shows of a finished run.
+
+    Attributes:
+      name: with its unit.
+      value: what it is of a run; None where the run has none.
+      digits: behind the point.
+      of_difference: name and unit of differences in it.
+    """
+
+    name: str
+    value: Callable[[Run], float | None]
+    digits: int
+    of_difference: str
+
+
+def _percent(field: str) -> Callable[[Run], float | None]:
+    def value(run: Run) -> float | None:
+        found = run.result.get(field)
+        return None if found is None else 100 * found
+
+    return value
+
+
+def _last_eigenvalue(run: Run) -> float | None:
+    found = [line[1] for line in eigenvalues(run)]
+    return found[-1] if found else None
+
+
+_ACCURACY = Quantity(
+    "test accuracy (%)", _percent("test_accuracy"), 2, "test accuracy (percentage points)"
+)
+QUANTITIES: Mapping[str, Quantity] = {
+    "accuracy": _ACCURACY,
+    "factors": _ACCURACY,
+    "itop_rate": Quantity(
+        "ITOP rate R_m (%)", _percent("itop_rate"), 2, "ITOP rate R_m (percentage points)"
+    ),
+    "sharpness": Quantity(
+        "top eigenvalue of the Hessian, at the end",
+        _last_eigenvalue,
+        1,
+        "top eigenvalue of the Hessian, at the end",
+    ),
+}
+"""By what a reproduction shows."""
+
+
+def eigenvalues(run: Run) -> list[tuple[float, float, float]]:
+    """Epoch, top eigenvalue of the Hessian, and 2 / learning rate, wherever it was measured.
+
+    The learning rate is that of the log's lines, and a straight line between them.
+    """
+    lines = [line for line in run.metrics if line["kind"] == "train"]
+    steps, rates = ([line[name] for line in lines] for name in ("step", "learning_rate"))
+    found = []
+    for line in run.metrics:
+        eigenvalue = line.get("hessian_top_eigenvalue")
+        if line["kind"] == "diagnostics" and eigenvalue is not None and steps:
+            rate = float(np.interp(line["step"], steps, rates))
+            found.append((line["epoch"], eigenvalue, 2 / max(rate, 1e-12)))
+    return found
+
+
+def rows_of(
+    reproduction: Reproduction,
+    settings: Mapping[str, Setting],
+    runs: Mapping[str, Sequence[Run]],
+) -> list[Row]:
+    """A row for each method of each setting, and for each number of the paper beside them.
+
+    Args:
+      reproduction: which.
+      settings: what it trains, by name.
+      runs: the finished runs of these settings.
+
+    Returns:
+      Rows with `setting` (None where only the paper has it), `variant`, `topology`, `sparsity`,
+      `epochs`, `method`, `paper`, `seeds`, `values` (one a seed) and `ours` (their statistics).
+    """
+    value = QUANTITIES[reproduction.shows].value
+    rows: dict[tuple[Any, ...], Row] = {}
+    keys: dict[tuple[Any, ...], reported.Key | None] = {}
+    for name, setting in settings.items():
+        config = setting.config
+        for method in config.methods():
+            found = {
+                run.result["seed"]: value(run)
+                for run in runs.get(name, ())
+                if run.result["method"] == method
+            }
+            values = {seed: number for seed, number in found.items() if number is not None}
+            group = (setting.variant, config.topology, config.sparsity, method)
+            keys[group] = _key(setting, method)
+            row = rows[(*group, config.epochs)] = _row(name, group, config.epochs)
+            row["paper"] = _published(reproduction, keys[group], config.epochs)
+            row["seeds"], row["values"] = list(values), list(values.values())
+            if values:
+                row["ours"] = dataclasses.asdict(seed_statistics.describe(row["values"]))
+    if reproduction.published is not None:
+        for group, key in keys.items():
+            for epochs in reproduction.published.epochs:
+                cell = _published(reproduction, key, epochs)
+                if cell is not None and (*group, epochs) not in rows:
+                    rows[(*group, epochs)] = _row(None, group, epochs) | {"paper": cell}
+    return list(rows.values())
+
+
+def _row(setting: str | None, group: tuple[Any, ...], epochs: int) -> Row:
+    variant, topology, sparsity, method = group
+    return {
+        "setting": setting, "variant": variant, "topology": topology, "sparsity": sparsity,
+        "epochs": epochs, "method": method, "paper": None, "ours": None, "seeds": [], "values": [],
+    }  # fmt: skip
+
+
+def _key(setting: Setting, method: str) -> reported.Key | None:
+    """Where the paper's tables have a setting's method, were model and dataset the paper's."""
+    config = setting.config
+    if any(getattr(config, name) != SPECS[name].default for name in _NOT_PUBLISHED):
+        return None
+    return config.topology, config.sparsity, config.grow_by, method
+
+
+def _published(reproduction: Reproduction, key: reported.Key | None, epochs: int) -> Row | None:
+    table = reproduction.published
+    cell = table.cell(key, epochs) if table is not None and key is not None else None
+    return None if cell is None else dataclasses.asdict(cell)
+
+
+def differences_of(rows: Sequence[Row]) -> list[Row]:
+    """The differences between methods of `PAIRS`, paired by seed, and the paper's beside them.
+
+    A method is compared with the other one of its own variant, or with that of the first variant
+    that has one, at the same topology, sparsity and length.
+
+    Returns:
+      Rows with `of` and `minus` (variant and method), `paper` (the difference of its means) and
+      whether that is `approximate`, and `ours` (`PairedStatistics` and `seeds`). Either of `paper`
+      and `ours` may be None.
+    """
+    found = []
+    for row in rows:
+        if row["method"] not in PAIRS:
+            continue
+        others = [other for other in rows if other["method"] == PAIRS[row["method"]]]
+        others = [one for one in others if _where(one) == _where(row)]
+        own = [other for other in others if other["variant"] == row["variant"]]
+        if not others:
+            continue
+        other = (own or others)[0]
+        ours = seed_statistics.compare(_by_seed(row), _by_seed(other))
+        both = row["paper"] and other["paper"]
+        found.append(
+            {name: row[name] for name in ("setting", "topology", "sparsity", "epochs")}
+            | {"of": [row["variant"], row["method"]], "minus": [other["variant"], other["method"]]}
+            | {
+                "paper": round(row["paper"]["mean"] - other["paper"]["mean"], 2) if both else None,
+                "approximate": bool(both) and row["paper"]["approximate"],
+                "ours": None if ours is None else {"seeds": ours[0]} | dataclasses.asdict(ours[1]),
+            }
+        )
+    return [row for row in found if row["paper"] is not None or row["setting"] is not None]
+
+
+def _where(row: Row) -> tuple[Any, ...]:
+    return row["topology"], row["sparsity"], row["epochs"]
+
+
+def _by_seed(row: Row) -> dict[int, float]:
+    return dict(zip(row["seeds"], row["values"], strict=True))
+
+
+def curves_of(runs: Mapping[str, Sequence[Run]]) -> list[Row]:
+    """The Hessian's top eigenvalue along training: a row for each setting, method and epoch.
+
+    Returns:
+      Rows with `setting`, `method`, `epoch`, `seeds`, `values`, `ours` (their statistics) and
+      `two_over_rate` (2 / learning rate).
+    """
+    rows: dict[tuple[str, str, float], Row] = {}
+    for setting, of_setting in runs.items():
+        for run in of_setting:
+            method = run.result["method"]
+            for epoch, eigenvalue, limit in eigenvalues(run):
+                row = rows.setdefault(
+                    (setting, method, epoch),
+                    {"setting": setting, "method": method, "epoch": epoch, "seeds": []}
+                    | {"values": [], "two_over_rate": limit},
+                )
+                row["seeds"].append(run.result["seed"])
+                row["values"].append(eigenvalue)
+    for row in rows.values():
+        row["ours"] = dataclasses.asdict(seed_statistics.describe(row["values"]))
+    return list(rows.values())
+
+
+def task_of(reproduction: Reproduction, settings: Mapping[str, Setting]) -> tuple[bool, str]:
+    """Whether our task is the paper's, and ours in words; epochs aside, which tables show."""
+    base, varied = reproduction.base, reproduction.varied()
+    one = next(iter(settings.values())).config
+    # Fields that the settings differ in are in their names.
+    fields = {name: getattr(base if name in varied else one, name) for name in _TASK}
+    text = f"{fields['model']} on {fields['dataset']}"
+    for name, value in fields.items():
+        if name not in ("model", "dataset") and value != SPECS[name].default:
+            text += f", {name}={value}"
+    same = all(value == getattr(base, name) for name, value in fields.items())
+    published = reproduction.published
+    if published is not None:
+        same &= (fields["model"], fields["dataset"]) == (published.model, published.dataset)
+    return same, text
+
+
+_NAMES = {"rigl": "RigL", "set": "SET", "static": "static"}
+
+
+def label(row: Row, method: str | None = None) -> str:
+    """What a row is of, its length aside, e.g. `RigL 0.95 sparseopt`."""
+    method = row["method"] if method is None else method
+    where = "" if method == "dense" else f"{_NAMES[row['topology']]} {row['sparsity']:g}"
+    return " ".join(filter(None, (where, row["variant"], method)))
+
+
+def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
+    """Our numbers beside the paper's: lengths of training side by side, or methods for factors."""
+    quantity = QUANTITIES[reproduction.shows]
+    by_method = reproduction.shows == "factors"
+    cells: dict[str, dict[Any, tuple[str, str]]] = {}
+    columns: dict[Any, str] = {}
+    for row in sorted(rows, key=lambda row: 0 if by_method else row["epochs"]):
+        column = row["method"] if by_method else row["epochs"]
+        columns[column] = column if by_method else f"{column} epoch{'s' if column > 1 else ''}"
+    for row in rows:
+        name = row["variant"] if by_method else label(row)
+        column = row["method"] if by_method else row["epochs"]
+        published = "-" if row["paper"] is None else str(reported.Cell(**row["paper"]))
+        cells.setdefault(name, {})[column] = (published, _mean(row["ours"], quantity.digits))
+    lines = [[quantity.name, "", *columns.values()]]
+    for name, of_name in cells.items():
+        found = [of_name.get(column, ("-", "-")) for column in columns]
+        papers, ours = ([cell[i] for cell in found] for i in (0, 1))
+        if any(text != "-" for text in papers):
+            lines.append([name, "paper", *papers])
+            name = ""
+        lines.append([name, "ours", *ours])
+    return aligned(lines) + "\nours: mean ± sample standard deviation over seeds (how many seeds)"
+
+
+def _mean(ours: Mapping[str, Any] | None, digits: int) -> str:
+    if ours is None:
+        return "-"
+    spread = "" if ours["std"] is None else f" ± {ours['std']:.{digits}f}"
+    return f"{ours['mean']:.{digits}f}{spread} ({ours['n']})"
+
+
+def difference_table(reproduction: Reproduction, differences: Sequence[Row]) -> str:
+    """The paired differences as text, with 95 % confidence intervals and p."""
+    quantity = QUANTITIES[reproduction.shows]
+    digits, published = quantity.digits, reproduction.published is not None
+    head = [quantity.of_difference, "epochs", "paper", "ours", "95 % CI", "p", "n"]
+    lines = [head if published else [word for word in head if word != "paper"]]
+    order = list(dict.fromkeys(map(_arm_of, differences)))
+    for row in sorted(differences, key=lambda row: order.index(_arm_of(row))):
+        ours = row["ours"] or {"mean": None, "ci95": None, "p": None, "n": 0}
+        of, minus = (" ".join(filter(None, row[side])) for side in ("of", "minus"))
+        where = f"{_NAMES[row['topology']]} {row['sparsity']:g}"
+        if reproduction.shows == "factors":
+            name = f"{row['of'][0]}: {row['of'][1]} - {row['minus'][1]}"
+        else:
+            name = f"{where} {of} - {minus}"
+        line = [name, str(row["epochs"])]
+        if published:
+            line.append(_published_difference(row, digits))
+        line.append("-" if ours["mean"] is None else f"{ours['mean']:+.{digits}f}")
+        bounds = ours["ci95"]
+        line.append("-" if bounds is None else "[{:+.{d}f}, {:+.{d}f}]".format(*bounds, d=digits))
+        line.append("-" if ours["p"] is None else f"{ours['p']:.3g}")
+        lines.append([*line, str(ours["n"])])
+    limit = seed_statistics.SIGNIFICANT
+    ours_alone = [row for row in differences if row["ours"] is not None]
+    return (
+        aligned(lines)
+        + "\nours: mean of the differences paired by seed, its interval by Student's t, two-sided p"
+        + f" of the paired\nt-test; below {limit:g} we call it a difference. Comparisons made here:"
+        + f" {len(ours_alone)}; p is not\ncorrected for their number."
+    )
+
+
+def _arm_of(row: Row) -> tuple[Any, ...]:
+    return row["topology"], row["sparsity"], *row["of"]
+
+
+def _published_difference(row: Row, digits: int) -> str:
+    if row["paper"] is None:
+        return "-"
+    return f"~{row['paper']:+g}" if row["approximate"] else f"{row['paper']:+.{digits}f}"
+
+
+def curve_table(curves: Sequence[Row], at_most: int = 12) -> str:
+    """The top eigenvalue along training beside 2 / learning rate, at a dozen epochs or fewer."""
+    parts = []
+    for setting in dict.fromkeys(row["setting"] for row in curves):
+        rows = [row for row in curves if row["setting"] == setting]
+        epochs = sorted({row["epoch"] for row in rows})
+        chosen = np.unique(np.linspace(0, len(epochs) - 1, min(at_most, len(epochs))).round())
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        lines = [[f"{setting}: epoch", *methods, "2 / learning rate"]]
+        for epoch in (epochs[int(index)] for index in chosen):
+            found = {row["method"]: row for row in rows if row["epoch"] == epoch}
+            means = [_mean(found[one]["ours"], 1) if one in found else "-" for one in methods]
+            limit = next(iter(found.values()))["two_over_rate"]
+            lines.append([f"{epoch:.3g}", *means, f"{limit:.4g}"])
+        parts.append(aligned(lines))
+    return "\n\n".join(parts)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first, and one of words alone, to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    words = [all(not any(map(str.isdigit, cell)) for cell in column) for column in zip(*lines)]  # noqa: B905
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 or word else cell.rjust(width)
+            for i, (cell, width, word) in enumerate(zip(line, widths, words, strict=True))
+        ).rstrip()
+        for line in lines
+    )

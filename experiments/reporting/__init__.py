@@ -1,0 +1,1 @@
+"""Reports on finished runs: loading them, statistics over seeds, tables and pictures."""
