@@ -353,8 +353,22 @@ def _over_runs(function: Callable[..., Any], batch_per_seed: bool = True) -> Cal
     """
 
     def over(params: Any, batch_stats: Any, *batch: Any) -> Any:
-        of_seed = jax.vmap(function, (0, 0) + (0 if batch_per_seed else None,) * len(batch))
-        return jax.vmap(of_seed, (0, 0) + (None,) * len(batch))(params, batch_stats, *batch)
+        methods, seeds = jax.tree.leaves(params)[0].shape[:2]
+
+        def merged(tree: Any) -> Any:
+            return jax.tree.map(lambda a: a.reshape(methods * seeds, *a.shape[2:]), tree)
+
+        def of_each_run(tree: Any) -> Any:
+            shown = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (methods, *a.shape)), tree)
+            return merged(shown)
+
+        # One mapped axis: JAX cannot map the gradient of a convolution twice.
+        axis = 0 if batch_per_seed else None
+        if batch_per_seed:
+            batch = of_each_run(batch)
+        mapped = jax.vmap(function, (0, 0) + (axis,) * len(batch))
+        found = mapped(merged(params), merged(batch_stats), *batch)
+        return jax.tree.map(lambda a: a.reshape(methods, seeds, *a.shape[1:]), found)
 
     return over
 

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -174,3 +176,29 @@ def test_batch_runs_needs_one_device(tmp_path, capsys):
     texts = ("--config.mesh_data=2", "--config.batch_size=130", *TOGETHER)
     assert train_here(tmp_path / "run", CONFIG, *texts) == 2
     assert "batch_runs='yes' must be auto or no" in capsys.readouterr().err
+
+
+def test_gradients_of_convolutions_map_over_methods_and_seeds():
+    """Strided convolutions, whose gradient JAX maps once but not twice, against one by one."""
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(3, 2, 3, 3, 2, 4)).astype(np.float32)  # (methods, seeds, ...)
+    offsets = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    images = rng.normal(size=(2, 5, 6, 6, 2)).astype(np.float32)  # (seeds, batch, ...)
+
+    def loss(kernel, offset, x):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.square(y + offset.reshape(1, 1, 1, -1)))
+
+    over = jax.jit(batched._over_runs(jax.value_and_grad(loss)))
+    values, gradients = over(kernels, offsets, images)
+    shared = jax.jit(batched._over_runs(loss, batch_per_seed=False))(kernels, offsets, images[0])
+    for method in range(3):
+        for seed in range(2):
+            kernel, offset = kernels[method, seed], offsets[method, seed]
+            value, gradient = jax.value_and_grad(loss)(kernel, offset, images[seed])
+            np.testing.assert_allclose(values[method, seed], value, rtol=1e-5)
+            np.testing.assert_allclose(gradients[method, seed], gradient, rtol=1e-4, atol=1e-6)
+            expected = loss(kernel, offset, images[0])
+            np.testing.assert_allclose(shared[method, seed], expected, rtol=1e-5)
