@@ -43,8 +43,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 
     Returns:
       `methods`: by method its `seeds`, mean `density`, `training_flops` of a run and
-      `training_flops_over_dense`, and statistics of `test_accuracy`, `train_loss` (at the end),
-      `early_train_loss` (mean over the first tenth of the steps) and `itop_rate`.
+      `training_flops_over_dense`, and statistics of `test_accuracy`, `late_train_loss`,
+      `early_train_loss` (means over the last and the first tenth of the steps) and `itop_rate`.
       `paired`: by pair of `COMPARED` the `seeds` that both have, and statistics of the differences
       in accuracy and in both losses, with the p of the paired t-test.
       Accuracies and their differences are fractions, not percentages. A number that no run has is
@@ -86,7 +86,7 @@ def _numbers(run: Run) -> dict[str, float | None]:
     return {
         "density": result["density"],
         "test_accuracy": result.get("test_accuracy"),
-        "train_loss": result.get("train_loss"),
+        "late_train_loss": finished_runs.late_train_loss(run),
         "early_train_loss": finished_runs.early_train_loss(run),
         "itop_rate": result.get("itop_rate"),
         "training_flops": flops,

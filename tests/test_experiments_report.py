@@ -86,7 +86,7 @@ def test_summary(workdir):
     # With 2 degrees of freedom P(|T| > t) = 1 - t / sqrt(2 + t^2).
     t = 0.03 * math.sqrt(3) / 0.02
     assert paired["test_accuracy"]["p"] == pytest.approx(1 - t / math.sqrt(2 + t**2))
-    assert paired["train_loss"] is None  # these results have none
+    assert paired["late_train_loss"]["mean"] == 0  # all logs have the same loss
 
 
 def test_pairs_are_seeds_that_both_methods_have(workdir):
@@ -106,7 +106,7 @@ def test_table(workdir):
     # 100 * (0.03 - and + 4.302653 * 0.02 / sqrt(3))
     assert "mean +3.00 ± 2.00, 95 % confidence interval [-1.97, +7.97]" in lines[6]
     assert lines[6].endswith("n = 3, p = 0.1217")
-    assert "p < 0.01 (*) is what we call a difference. Of 1 comparison" in lines[-2]
+    assert "p < 0.01 (*) is what we call a difference. Of 2 comparisons" in lines[-2]
 
 
 def test_pictures(workdir):

@@ -106,8 +106,8 @@ def test_summary(sweep):
         "later": {"finished": 0, "expected": None},
     }
     sgd = summary["settings"]["set-0.9"]["methods"]["sgd"]
-    assert sgd["train_loss"]["mean"] == pytest.approx(0.18)
-    assert sgd["train_loss"]["std"] == pytest.approx(0.02)
+    assert sgd["late_train_loss"]["mean"] == pytest.approx(0.18)
+    assert sgd["late_train_loss"]["std"] == pytest.approx(0.02)
     # Step 1 at 2, steps 2 to 4 at 1.
     assert sgd["early_train_loss"]["mean"] == pytest.approx((2 + 3 * 1) / 4)
     assert sgd["itop_rate"]["mean"] == 0.25
@@ -119,7 +119,7 @@ def test_summary(sweep):
     paired = summary["settings"]["set-0.9"]["paired"]["sparseopt - sgd"]
     half = T_2 * 0.02 / math.sqrt(3)
     t = 0.03 * math.sqrt(3) / 0.02
-    for quantity, sign in (("test_accuracy", 1), ("train_loss", -1)):
+    for quantity, sign in (("test_accuracy", 1), ("late_train_loss", -1)):
         found = paired[quantity]
         assert found["mean"] == pytest.approx(sign * 0.03)
         assert found["ci95"] == pytest.approx((sign * 0.03 - half, sign * 0.03 + half), rel=1e-6)
@@ -222,7 +222,7 @@ def test_results_without_accuracy_or_flops(tmp_path, drawn):
         nothing = {"test_accuracy": None, "flops_per_example": None, "environment": {}}
         write_run(setting, method, 0, 0.5, loss, **nothing)
         log = setting / f"runs/{method}-seed0/metrics.jsonl"
-        log.write_text(json.dumps({"kind": "train", "step": 9, "epoch": 1, "loss": 1.0}) + "\n")
+        log.write_text(json.dumps({"kind": "train", "step": 9, "epoch": 1, "loss": loss}) + "\n")
     rows = [" ".join(line.split()) for line in report.report_sweep(tmp_path).splitlines()]
     assert "old sgd 1 - 0.5000 0.250 - -" in rows
     assert "old 1 -0.2500 - -" in rows
@@ -282,3 +282,16 @@ def test_a_sweep_without_finished_runs(tmp_path):
         report.load_sweep(tmp_path)
     with pytest.raises(ConfigError, match="nor of a sweep"):
         report.load_sweep(tmp_path / "one")
+
+
+def test_loss_of_the_first_and_of_the_last_tenth(tmp_path):
+    """100 steps with lines of different lengths: 1-4, 5-10, 11-12, 13-89, 90, 91-98, 99-100."""
+    losses = {4: 3.0, 10: 2.0, 12: 9.0, 89: 9.0, 90: 9.0, 98: 0.5, 100: 0.25}
+    lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in losses.items()]
+    run = finished_runs.Run({"steps": 100}, lines, {}, {})
+    assert finished_runs.early_train_loss(run) == pytest.approx((4 * 3 + 6 * 2) / 10)
+    assert finished_runs.late_train_loss(run) == pytest.approx((8 * 0.5 + 2 * 0.25) / 10)
+    # No line lies within the last tenth: the last one it is.
+    whole = finished_runs.Run({"steps": 100}, [lines[0], lines[-1]], {}, {})
+    assert finished_runs.late_train_loss(whole) == 0.25
+    assert finished_runs.late_train_loss(finished_runs.Run({"steps": 100}, [], {}, {})) is None

@@ -218,6 +218,28 @@ def early_train_loss(run: Run) -> float | None:
     return total / before if before else None
 
 
+def late_train_loss(run: Run) -> float | None:
+    """Mean training loss over the last tenth of a run's steps.
+
+    As in `early_train_loss`; a line that begins before the tenth is left out. Where all do, it is
+    that of the last line.
+
+    Returns:
+      The mean; None where the log has no line of the training.
+    """
+    lines = [line for line in run.metrics if line["kind"] == "train"]
+    if not lines:
+        return None
+    begins = [0, *(line["step"] for line in lines[:-1])]
+    first = 0.9 * lines[-1]["step"]
+    spans = [
+        (line["loss"], line["step"] - begin)
+        for line, begin in zip(lines, begins, strict=True)
+        if begin >= first
+    ] or [(lines[-1]["loss"], 1)]
+    return sum(loss * steps for loss, steps in spans) / sum(steps for _, steps in spans)
+
+
 def training_flops(run: Run) -> tuple[float, float] | None:
     """FLOPs of a run's training, and those over a dense run of as many steps.
 

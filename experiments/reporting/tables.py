@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 QUANTITIES = {
     "test_accuracy": "test accuracy (percentage points)",
-    "train_loss": "training loss at the end",
+    "late_train_loss": "training loss, mean over the last tenth of the steps",
     "early_train_loss": "training loss, mean over the first tenth of the steps",
 }
 """What is compared by seed, and its name in words."""
@@ -49,7 +49,7 @@ def table(summary: Row) -> str:
             each = ", ".join(f"{100 * value:+.2f}" for value in accuracy["differences"])
             lines += ["", f"{pair}, paired by seed (percentage points): {each}"]
             lines.append(_difference(accuracy, 100, 2))
-        for quantity in ("train_loss", "early_train_loss"):
+        for quantity in ("late_train_loss", "early_train_loss"):
             if row[quantity] is not None:
                 lines += [f"{QUANTITIES[quantity]}:", "  " + _difference(row[quantity], 1, 4)]
     lines += [
@@ -95,7 +95,7 @@ def sweep_tables(summary: Row) -> str:
                 )
     notes = [
         "± is the sample standard deviation over seeds, CI the 95 % confidence interval of a mean",
-        "(Student's t). Training loss: that of the log's last line, a mean over some steps. R_m:",
+        "(Student's t). Training loss: mean over the last tenth of the steps. R_m:",
         "share of the weights that were ever active. FLOPs: of one training run; x dense: over a",
         "dense run of as many steps.",
     ]
@@ -119,7 +119,7 @@ def _methods(settings: Mapping[str, Row]) -> str:
                 method,
                 str(len(row["seeds"])),
                 plus_minus(row["test_accuracy"], 100, 2),
-                plus_minus(row["train_loss"], 1, 4),
+                plus_minus(row["late_train_loss"], 1, 4),
                 "-" if rate is None else f"{rate['mean']:.3f}",
                 "-" if flops is None else f"{flops / scale:.4g}",
                 "-" if ratio is None else f"{ratio:.3f}",
