@@ -222,11 +222,11 @@ def _measure(asked: Request) -> None:
     table: Callable[[Mapping[str, Any]], str]
     if asked.reproduction.shows == "gradient_ratio":
         found = gradient_ratio.measure(config, say=_say)
-        table, draw = gradient_ratio.table, gradient_ratio.draw
+        table, figure = gradient_ratio.table, gradient_ratio.figure
     else:
         steps = [n for n in neuron_steps.STEPS if config.steps == -1 or n < config.steps]
         found = neuron_steps.measure(config, steps, _say)
-        table, draw = neuron_steps.table, neuron_steps.draw
+        table, figure = neuron_steps.table, neuron_steps.figure
     if not distributed.is_main():
         return
     asked.workdir.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def _measure(asked: Request) -> None:
         asked.workdir / f"{asked.reproduction.name}{end}" for end in (".json", "-figure.png")
     ]
     metrics.write_json(written[0], _header(asked) | {"found": found})
-    draw(found, written[1])
+    plots.save(figure(found), written[1])
     print("\n" + table(found) + "\n\n" + "\n".join(map(str, written)), flush=True)
 
 

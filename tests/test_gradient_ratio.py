@@ -12,6 +12,7 @@ from experiments import metrics
 from experiments.config import Config, ConfigError
 from experiments.data import Split
 from experiments.paper import gradient_ratio
+from experiments.reporting import plots
 from sparseopt_jax import models
 
 SPARSITIES = (0.0, 0.5, 0.9)
@@ -124,7 +125,7 @@ def test_result_is_json_and_is_shown(found, tmp_path):
     assert [cell.strip().split(" ±")[0] for cell in row.split("  ") if cell.strip()] == [
         "0.50", "1.414", *(f"{mean:.3f}" for mean in means), "1.53"
     ]  # fmt: skip
-    gradient_ratio.draw(again, tmp_path / "ratio.png")
+    plots.save(gradient_ratio.figure(again), tmp_path / "ratio.png")
     assert (tmp_path / "ratio.png").read_bytes().startswith(b"\x89PNG")
 
 

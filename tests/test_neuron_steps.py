@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import Config, ConfigError
 from experiments.paper import neuron_steps
+from experiments.reporting import plots
 
 CONFIG = Config(
     model="mlp",
@@ -111,7 +112,7 @@ def test_no_slope_is_shown_as_none(found, tmp_path):
     empty = found | {"slopes": {"sgd": dict.fromkeys(neuron_steps.QUANTITIES, cells)}}
     rows = [line.split() for line in neuron_steps.table(empty).splitlines()]
     assert rows.count(["5", "-"]) == len(neuron_steps.QUANTITIES)
-    neuron_steps.draw(empty, tmp_path / "slopes.png")
+    plots.save(neuron_steps.figure(empty), tmp_path / "slopes.png")
     assert (tmp_path / "slopes.png").read_bytes().startswith(b"\x89PNG")
 
 

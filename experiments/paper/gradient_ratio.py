@@ -32,7 +32,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ import sparseopt_jax as sx
 from experiments import data
 from experiments.config import Config, ConfigError
 from experiments.paper import reported
-from experiments.reporting import plots, seed_statistics
+from experiments.reporting import seed_statistics
 from sparseopt_jax import models
 
 SPARSITIES = tuple(round(0.1 * i, 1) for i in range(10))
@@ -85,7 +84,7 @@ def measure(
         mirrored, and normalised per channel. Model, sparsity and optimizer are not used.
       sparsities: of the hidden layer, each in [0, 1).
       batches: batches of a seed; its ratio is the mean over them.
-      inits: names of `INITS`; `table` and `draw` put the first one forward.
+      inits: names of `INITS`; `table` and `figure` put the first one forward.
       say: called with a line of text for each case that is done.
 
     Returns:
@@ -258,18 +257,12 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def draw(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the ratio against sparsity: mean and standard deviation over seeds, a panel per init.
 
     Args:
       found: what `measure` returned.
-      path: the PNG to write.
     """
-    plots.save(figure(found), path)
-
-
-def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
-    """The figure that `draw` writes."""
     protocol, sparsities = found["protocol"], np.array(found["sparsities"])
     inits = protocol["inits"]
     drawn = matplotlib.figure.Figure(

@@ -29,7 +29,6 @@ length; with `topology="static"` the slopes are free of that.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -237,18 +236,12 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the slopes against the training step: a panel for each quantity, a line for a method.
 
     Args:
       found: what `measure` returned.
-      path: the PNG to write.
     """
-    plots.save(figure(found), path)
-
-
-def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
-    """The figure that `draw` writes."""
     drawn = matplotlib.figure.Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     panels = drawn.subplots(1, len(QUANTITIES))
     look = plots.styles(found["slopes"])
