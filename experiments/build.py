@@ -155,7 +155,12 @@ def corrected_layers(config: Config) -> Callable[[str], bool] | None:
     """Which layers SparseOpt corrects, by path; None: all."""
     if config.correct == "all":
         return None
-    return lambda path: not path.startswith("head/")  # every other kernel of these models has one
+    return is_normalised
+
+
+def is_normalised(path: str) -> bool:
+    """Whether a normalisation follows the kernel at `path`: all of these models' but the head's."""
+    return not path.startswith("head/")
 
 
 def unequal_masks(masks: Any, spread: float, key: jax.Array) -> Any:

@@ -291,6 +291,11 @@ class Config:
             return self.compare
         return ("dense",) if self.topology == "dense" else (self.optimizer,)
 
+    def runs(self) -> list[tuple[str, int]]:
+        """Method and seed of each run, in order."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        return [(method, seed) for method in self.methods() for seed in seeds]
+
     def for_method(self, method: str) -> Config:
         """The config of one method alone, e.g. `config.for_method("dense")`."""
         if method == "dense":

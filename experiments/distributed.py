@@ -29,6 +29,10 @@ HEARTBEAT_SECONDS = 30
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+class LockedError(ConfigError):
+    """Another process trains in a folder."""
+
+
 def initialize() -> None:
     """Joins the processes of a TPU pod, SLURM, GKE or Open MPI job; nothing happens elsewhere.
 
@@ -82,7 +86,7 @@ def from_main(function: Callable[[], Value]) -> Value:
       function: returns what JSON can hold.
 
     Raises:
-      ConfigError: process 0 raised it.
+      ConfigError, LockedError: process 0 raised it.
     """
     if jax.process_count() == 1:
         return function()
@@ -92,6 +96,7 @@ def from_main(function: Callable[[], Value]) -> Value:
             answer["value"] = function()
         except ConfigError as error:
             answer["error"] = str(error)
+            answer["locked"] = isinstance(error, LockedError)
     content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     buffer = np.zeros(size, np.uint8)
@@ -99,7 +104,7 @@ def from_main(function: Callable[[], Value]) -> Value:
         buffer[:] = content
     answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
     if "error" in answer:
-        raise ConfigError(answer["error"])
+        raise (LockedError if answer["locked"] else ConfigError)(answer["error"])
     value: Value = answer["value"]
     return value
 

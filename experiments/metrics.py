@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -137,9 +138,9 @@ def environment() -> dict[str, Any]:
     `git_commit` and `git_dirty` (uncommitted changes) are None outside a git checkout.
     """
     devices = jax.devices()
-    status = _git("status", "--porcelain")
+    commit, status = checkout()
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "platform": platform.platform(),
@@ -148,6 +149,15 @@ def environment() -> dict[str, Any]:
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
     }
+
+
+@functools.cache
+def checkout() -> tuple[str | None, str | None]:
+    """Commit and uncommitted changes of the code, as they were on the first call.
+
+    Commands call it when they start: what is committed later is not what they run.
+    """
+    return _git("rev-parse", "HEAD"), _git("status", "--porcelain")
 
 
 def _version(package: str) -> str | None:

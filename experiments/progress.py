@@ -108,6 +108,10 @@ class Progress:
         self._resumed_at = self._clock()
         try:
             yield
+        except BaseException:
+            self._begun -= together  # they are not done
+            self._steps = self._before
+            raise
         finally:
             self._seconds += self._clock() - self._resumed_at
             self._resumed_at = None
@@ -116,7 +120,7 @@ class Progress:
         self._show(force=True)
 
     def skipped(self, runs: int, steps: int) -> None:
-        """Another process does `runs` runs of `steps` steps in all, or has done them."""
+        """`runs` runs of `steps` steps in all need not be done: others did them, or they failed."""
         self._runs -= runs
         self._finished += runs
         self._all_steps -= steps

@@ -48,6 +48,7 @@ class Record:
         folder: pathlib.Path,
         dataset: data.Data,
         functions: ModelFunctions,
+        group: str | None,
     ) -> None:
         """Prepares for a run; reads and writes nothing yet.
 
@@ -56,12 +57,14 @@ class Record:
           folder: where it goes.
           dataset: what it trains on.
           functions: of its model.
+          group: the name of the group that it trains in, if it is one of several.
         """
         self.place = Place()
         self.name = f"{member.method} seed {member.seed}"
         self._member, self._folder = member, folder
         self._dataset, self._functions = dataset, functions
         self.maskable = sum(functions.layers.values())
+        self._group = group
         self._fan_ins: dict[str, np.ndarray] = {}
         self._lines: metrics.JsonLines | None = None
         self._loggers: loggers.Loggers | None = None
@@ -71,6 +74,10 @@ class Record:
         if masks is not None:
             self._fan_ins = _fan_ins(masks, self._functions.layers, "before")
 
+    def is_finished(self) -> bool:
+        """Whether the run has a result, which it keeps: others of its group did not get so far."""
+        return (self._folder / "result.json").is_file()
+
     def open(self, stack: contextlib.ExitStack, step: int, say: Callable[[str], object]) -> None:
         """On process 0, opens the log as it was at the checkpoint; the others write none.
 
@@ -79,7 +86,7 @@ class Record:
           step: steps done.
           say: told where lines are lost.
         """
-        if not distributed.is_main():
+        if not distributed.is_main() or self.is_finished():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "metrics.jsonl"
@@ -101,7 +108,11 @@ class Record:
         sessions = metrics.read_json(path)["sessions"] if step and path.is_file() else []
         sessions = [one for one in sessions if one["from_step"] < step]
         sessions.append({"from_step": step, "environment": metrics.environment()})
-        content = {"config": dataclasses.asdict(self._member.config), "sessions": sessions}
+        content = {
+            "config": dataclasses.asdict(self._member.config),
+            "group": self._group,
+            "sessions": sessions,
+        }
         metrics.write_json(path, content)
 
     def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
@@ -140,7 +151,7 @@ class Record:
           seconds: of training; of runs that train together, an equal share of them.
           compilation_seconds: likewise, of compilation.
         """
-        if not distributed.is_main():
+        if not distributed.is_main() or self.is_finished():
             return
         config, layers, place = self._member.config, self._functions.layers, self.place
         if masks is not None:

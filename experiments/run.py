@@ -85,8 +85,9 @@ class Run:
         self._progress, self._stop = progress, stop
         self._config = group.members[0].config  # all agree in what is used here
         functions = group.model.functions
+        name = checkpoints.parent.name if len(group.members) > 1 else None
         self._records = [
-            Record(member, folder, dataset, functions)
+            Record(member, folder, dataset, functions, name)
             for member, folder in zip(group.members, folders, strict=True)
         ]
         self._name = ", ".join(record.name for record in self._records)

@@ -18,6 +18,8 @@ from typing import Any
 
 from experiments import data, distributed, loggers, metrics, train, workdir
 from experiments.config import Config, ConfigError
+from experiments.divergence import DivergedError
+from experiments.group import Member
 from experiments.progress import Progress
 from experiments.run import total_steps
 from experiments.stopping import StopRequests
@@ -55,7 +57,9 @@ def train_sweep(
       Whether all runs are finished; if not, other processes train those that are missing.
 
     Raises:
-      CheckpointError, ConfigError, DataError, DivergedError, StoppedError: as `train.train_grid`.
+      CheckpointError, ConfigError, DataError, StoppedError: as `train.train_grid`.
+      DivergedError: runs have diverged, at the end: all others are done first. They are not tried
+        again unless the file `diverged.json` in their folder is deleted.
     """
     console = train.make_console()
     say = functools.partial(console.print, markup=False)
@@ -63,7 +67,7 @@ def train_sweep(
     plan = _plan(settings, folder, datasets)
     distributed.from_main(lambda: _write(name, settings, folder))
     runs = sum(setting.runs for setting in plan)
-    total = sum(len(workdir.runs_of(config)) for config in settings.values())
+    total = sum(len(config.runs()) for config in settings.values())
     steps = sum(setting.runs * setting.steps_per_run for setting in plan)
     progress = Progress(runs, steps, total - runs, console)
     say(f"{name}: {len(settings)} setting(s), {total - runs} of {total} runs are done\n{folder}\n")
@@ -73,14 +77,29 @@ def train_sweep(
         left = _train_free(left, datasets, progress, stop)
     for setting in left:
         say(f"{setting.name}: another process trains in {setting.folder}")
+    failed = distributed.from_main(lambda: _diverged(plan))
+    if failed:
+        raise DivergedError("\n".join(failed))
     return not left
+
+
+def _diverged(plan: Sequence[_Setting]) -> list[str]:
+    return [
+        f"{setting.name}: {message}"
+        for setting in plan
+        for message in workdir.diverged(setting.config, setting.folder).values()
+    ]
 
 
 def _write(name: str, settings: Mapping[str, Config], folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"name": name, "settings": list(settings)}
-        metrics.write_json(folder / "sweep.json", content)
+        path = folder / "sweep.json"
+        before = metrics.read_json(path) if path.is_file() else {}
+        # What another process was asked for, or this one earlier, is part of it still.
+        earlier = before["settings"] if before.get("name") == name else []
+        names = list(dict.fromkeys((*earlier, *settings)))
+        metrics.write_json(path, {"name": name, "settings": names})
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
 
@@ -110,11 +129,18 @@ def _plan(
     for name, config in settings.items():
         loggers.check_installed(config.loggers)
         dataset = datasets.of(config)
-        train.check(config, data.steps_per_epoch(config, dataset))
-        runs = len(distributed.from_main(lambda: workdir.missing(config, folder / name)))  # noqa: B023
+        train.check(config, dataset)
+        runs = len(distributed.from_main(lambda: _todo(config, folder / name)))  # noqa: B023
         steps = total_steps(config, dataset)
         plan.append(_Setting(name, config, folder / name, runs, steps))
     return plan
+
+
+def _todo(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
+    """The runs that are neither finished nor diverged."""
+    workdir.check_folder(config, folder)
+    failed = workdir.diverged(config, folder)
+    return [run for run in workdir.missing(config, folder) if run not in failed]
 
 
 def _train_free(
@@ -126,7 +152,7 @@ def _train_free(
         try:
             with distributed.lock(lambda: workdir.lock(setting.folder)):  # noqa: B023
                 _train_setting(setting, datasets, progress, stop)
-        except workdir.LockedError:
+        except distributed.LockedError:
             taken.append(setting)
     return taken
 
@@ -135,7 +161,8 @@ def _train_setting(
     setting: _Setting, datasets: _Datasets, progress: Progress, stop: StopRequests
 ) -> None:
     config, folder = setting.config, setting.folder
-    todo = train.open_folder(config, folder)
+    train.open_folder(config, folder)
+    todo = [(method, seed) for method, seed in distributed.from_main(lambda: _todo(config, folder))]
     done = setting.runs - len(todo)  # by others, since the sweep began
     progress.skipped(done, done * setting.steps_per_run)
     setting.runs = len(todo)
@@ -147,4 +174,11 @@ def _train_setting(
             f" seed(s), {setting.steps_per_run} steps; {train.devices(dataset)}",
             markup=False,
         )
-    train.train_missing(config, folder, todo, dataset, progress, stop, f"{setting.name} ")
+
+    def diverged(member: Member, error: DivergedError) -> None:
+        progress.console.print(f"{setting.name}: {error}", markup=False)
+        if distributed.is_main():
+            workdir.write_diverged(folder, member.method, member.seed, str(error))
+
+    prefix = f"{setting.name} "
+    train.train_missing(config, folder, todo, dataset, progress, stop, prefix, diverged)

@@ -9,6 +9,7 @@ command, with a folder that they share.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pathlib
 import shlex
@@ -60,10 +61,10 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
     say = functools.partial(console.print, markup=False)
     loggers.check_installed(config.loggers)
     dataset = data.load(config, say)
-    check(config, data.steps_per_epoch(config, dataset))
+    check(config, dataset)
     with distributed.lock(lambda: workdir.lock(folder)):
         todo = open_folder(config, folder)
-        total, steps = len(config.methods()) * config.seeds, total_steps(config, dataset)
+        total, steps = len(config.runs()), total_steps(config, dataset)
         progress = Progress(len(todo), steps * len(todo), total - len(todo), console)
         say(
             f"{config.model} on {config.dataset}: {', '.join(config.methods())};"
@@ -84,10 +85,11 @@ def make_console() -> rich.console.Console:
     return rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
 
 
-def check(config: Config, steps_per_epoch: int) -> None:
+def check(config: Config, dataset: data.Data) -> None:
     """Says what cannot work before anything is written; raises ConfigError."""
+    batches_runs(config, dataset)
     for method in config.methods():
-        build.check(config.for_method(method), steps_per_epoch)
+        build.check(config.for_method(method), data.steps_per_epoch(config, dataset))
 
 
 def open_folder(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
@@ -112,6 +114,7 @@ def train_missing(
     progress: Progress,
     stop: StopRequests,
     prefix: str = "",
+    diverged: Callable[[Member, DivergedError], None] | None = None,
 ) -> None:
     """Trains runs of a config, and brings together what all of its finished runs have left.
 
@@ -123,26 +126,47 @@ def train_missing(
       progress: shows how far it is.
       stop: says when to stop.
       prefix: comes before the name of a run where its progress is shown.
+      diverged: called for a run whose loss is not finite, after which the others go on; without it
+        DivergedError is raised. Runs that trained with it are then trained one by one.
 
     Raises:
       CheckpointError, DataError, DivergedError, StoppedError: as `train_grid`.
     """
     main = distributed.is_main()
     steps = total_steps(config, dataset)
+
+    def train_all(groups: Groups) -> None:
+        for group, checkpoints in groups:
+            folders = [workdir.run_folder(folder, m.method, m.seed) for m in group.members]
+            left = sum(not (path / "result.json").is_file() for path in folders)
+            run = Run(group, dataset, folders, checkpoints, progress, stop)
+            try:
+                with progress.running(prefix + name_of(group), steps, config.epochs, left):
+                    run.train()
+            except DivergedError as error:
+                if diverged is None:
+                    raise
+                if len(group.members) > 1:
+                    (checkpoints.parent / "runs.json").unlink(missing_ok=True)  # it is given up
+                    runs = [(member.method, member.seed) for member in group.members]
+                    progress.console.print(f"{error}\none by one, then:", markup=False)
+                    train_all(_singles(config, folder, runs, dataset, group.model))
+                else:
+                    progress.skipped(1, steps)
+                    diverged(group.members[0], error)
+            if main:
+                workdir.merge_metrics(folder)
+            del group, run  # before the next one is compiled
+            gc.collect()
+
     if todo:
         progress.console.print("compiling (not repeated for further seeds) ...", markup=False)
         model = compile_model(config, dataset)
         make = _batched if batches_runs(config, dataset) else _singles
-        for group, checkpoints in make(config, folder, todo, dataset, model):
-            folders = [workdir.run_folder(folder, m.method, m.seed) for m in group.members]
-            run = Run(group, dataset, folders, checkpoints, progress, stop)
-            with progress.running(prefix + name_of(group), steps, config.epochs, len(folders)):
-                run.train()
-            if main:
-                workdir.merge_metrics(config, folder)
+        train_all(make(config, folder, todo, dataset, model))
     if main:
-        workdir.merge_metrics(config, folder)  # it may have been stopped just before
-        workdir.merge_results(config, folder)
+        workdir.merge_metrics(folder)  # it may have been stopped just before
+        workdir.merge_results(folder)
 
 
 def batches_runs(config: Config, dataset: data.Data) -> bool:
@@ -158,7 +182,7 @@ def batches_runs(config: Config, dataset: data.Data) -> bool:
             )
         return True
     small = config.model in ("resnet8", "resnet20", "mlp")
-    return fits and small and len(workdir.runs_of(config)) > 1 and not on_cpu(dataset.mesh)
+    return fits and small and len(config.runs()) > 1 and not on_cpu(dataset.mesh)
 
 
 def name_of(group: Group) -> str:
@@ -257,6 +281,7 @@ def guarded(body: Callable[[StopRequests], None], again: Callable[[], str]) -> i
         who = "" if distributed.is_main() else f"process {jax.process_index()}: "
         print(f"{who}{text.lstrip()}" if who else text, file=sys.stderr)
 
+    metrics.checkout()
     stop = StopRequests()
     try:
         body(stop)
@@ -277,7 +302,8 @@ def guarded(body: Callable[[StopRequests], None], again: Callable[[], str]) -> i
         if "RESOURCE_EXHAUSTED" in line:
             tell(
                 f"error: a device has too little memory ({line}); a smaller batch_size or"
-                " model, bfloat16, or parameters over more devices (mesh_fsdp) take less"
+                " model, bfloat16, runs one by one (batch_runs=no), or parameters over more devices"
+                " (mesh_fsdp) take less"
             )
             return 1
         if jax.process_count() == 1:

@@ -3,7 +3,7 @@
     config.json            the resolved config; a folder belongs to one config
     runs/METHOD-seedK/     run.json (config; commit, versions and device, each time it was started),
                            metrics.jsonl, checkpoints/, and once the run is finished fan_in.npz and
-                           result.json
+                           result.json; diverged.json where it diverged in a sweep
     batches/NAME/          checkpoints/ of runs that train together in one program, and runs.json,
                            which names them
     metrics.jsonl          the lines of all finished runs
@@ -31,20 +31,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments import metrics, report
+from experiments import distributed, metrics, report
 from experiments.config import SPECS, Config, ConfigError
 
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "data_dir", "loader_threads", "loader_processes", "max_corrupt", "loggers",
     "checkpoint_every", "keep_last", "keep_best", "mesh_data", "mesh_fsdp", "seeds", "compare",
     "batch_runs",
 )  # fmt: skip
 """Fields that say how a run is done, not what: where data is read, what is kept, which devices; and
 which runs a grid has: further seeds and methods join those that are there."""
-
-
-class LockedError(ConfigError):
-    """Another process trains in a folder."""
 
 
 @contextlib.contextmanager
@@ -66,7 +62,7 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise LockedError(
+            raise distributed.LockedError(
                 f"--workdir={folder}: another process trains in it ({file.read().strip()}); wait"
                 " for it, or give another --workdir"
             ) from None
@@ -87,14 +83,37 @@ def open_for(config: Config, folder: pathlib.Path) -> None:
     """
     try:
         path = folder / "config.json"
-        new = json.loads(json.dumps(dataclasses.asdict(config)))
-        old = metrics.read_json(path) if path.exists() else {}
-        if old:
-            check_same(config, old, f"--workdir={folder} holds runs")
+        old = check_folder(config, folder)
+        new = json.loads(json.dumps(dataclasses.asdict(_joined(config, old))))
         if old != new:
             metrics.write_json(path, new)
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror or error}") from error
+
+
+def check_folder(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+    """The config of a work folder as JSON has it, empty where there is none yet.
+
+    Raises:
+      ConfigError: it is of another experiment.
+    """
+    path = folder / "config.json"
+    old: dict[str, Any] = metrics.read_json(path) if path.exists() else {}
+    if old:
+        check_same(config, old, f"--workdir={folder} holds runs")
+    return old
+
+
+def _joined(config: Config, old: Mapping[str, Any]) -> Config:
+    """`config`, with the methods and seeds of an earlier one as well."""
+    if not old:
+        return config
+    before = _from_json(old)
+    fields: dict[str, Any] = {"seeds": max(before.seeds, config.seeds)}
+    methods = tuple(dict.fromkeys((*before.methods(), *config.methods())))
+    if methods != config.methods():
+        fields["compare"] = methods
+    return dataclasses.replace(config, **fields)
 
 
 def check_same(config: Config, old: Mapping[str, Any], what: str) -> None:
@@ -107,7 +126,7 @@ def check_same(config: Config, old: Mapping[str, Any], what: str) -> None:
     """
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, spec in SPECS.items():
-        if name in _MAY_CHANGE:
+        if name in MAY_CHANGE:
             continue
         # A field that is newer than the folder had its default.
         before = old.get(name, json.loads(json.dumps(spec.default)))
@@ -123,15 +142,28 @@ def run_folder(folder: pathlib.Path, method: str, seed: int) -> pathlib.Path:
     return folder / "runs" / f"{method}-seed{seed}"
 
 
-def runs_of(config: Config) -> list[tuple[str, int]]:
-    """Method and seed of each run of a config, in the order of the grid."""
-    seeds = range(config.seed, config.seed + config.seeds)
-    return [(method, seed) for method in config.methods() for seed in seeds]
-
-
 def missing(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
-    """Those runs of a config that `folder` does not hold: a run writes its result last."""
-    return [run for run in runs_of(config) if not _is_finished(folder, *run)]
+    """Method and seed of those runs of a config that `folder` does not hold the result of."""
+    return [run for run in config.runs() if not _is_finished(folder, *run)]
+
+
+def diverged(config: Config, folder: pathlib.Path) -> dict[tuple[str, int], str]:
+    """Those runs of a config that diverged in a sweep, and what was said of each."""
+    found = {}
+    for run in missing(config, folder):
+        path = run_folder(folder, *run) / "diverged.json"
+        if path.is_file():
+            found[run] = metrics.read_json(path)["message"]
+    return found
+
+
+def write_diverged(folder: pathlib.Path, method: str, seed: int, message: str) -> None:
+    """Has a run count as one that diverged; deleting the file has it tried again."""
+    own_folder = run_folder(folder, method, seed)
+    own_folder.mkdir(parents=True, exist_ok=True)
+    content = {"method": method, "seed": seed, "message": message}
+    path = own_folder / "diverged.json"
+    metrics.write_json(path, content | {"environment": metrics.environment()})
 
 
 def together(
@@ -139,7 +171,8 @@ def together(
 ) -> list[tuple[pathlib.Path, list[tuple[str, int]]]]:
     """Runs that train in one program, where those are wanted (`batched`).
 
-    Methods that lack the same seeds train together. A group that was interrupted goes on as it was.
+    Methods that lack the same seeds train together. A group that was interrupted goes on as it was,
+    unless some of its runs have been done in another way meanwhile.
 
     Args:
       config: of the work folder.
@@ -153,7 +186,10 @@ def together(
     groups = []
     for path in sorted((folder / "batches").glob("*/runs.json")):
         runs = [(method, seed) for method, seed in metrics.read_json(path)]
-        if any(run in left for run in runs) and set(runs) <= set(runs_of(config)):
+        interrupted = all(
+            run in left or _trained_in(folder, *run) == path.parent.name for run in runs
+        )
+        if interrupted and any(run in left for run in runs):
             groups.append((path.parent, runs))
             left = [run for run in left if run not in runs]
     by_seeds: dict[tuple[int, ...], list[str]] = {}
@@ -167,29 +203,49 @@ def together(
     return groups
 
 
+def _trained_in(folder: pathlib.Path, method: str, seed: int) -> str | None:
+    """The name of the group that a finished run trained in."""
+    path = run_folder(folder, method, seed) / "run.json"
+    name: str | None = metrics.read_json(path).get("group") if path.is_file() else None
+    return name
+
+
 def _is_finished(folder: pathlib.Path, method: str, seed: int) -> bool:
     return (run_folder(folder, method, seed) / "result.json").is_file()
 
 
 def _finished(config: Config, folder: pathlib.Path) -> list[pathlib.Path]:
-    runs = (run for run in runs_of(config) if _is_finished(folder, *run))
+    runs = (run for run in config.runs() if _is_finished(folder, *run))
     return [run_folder(folder, *run) for run in runs]
 
 
-def merge_metrics(config: Config, folder: pathlib.Path) -> None:
+def merge_metrics(folder: pathlib.Path) -> None:
     """Makes `metrics.jsonl` from the finished runs, in the order of the grid."""
-    runs = _finished(config, folder)
+    runs = _finished(_config_of(folder), folder)
     lines = b"".join((run / "metrics.jsonl").read_bytes() for run in runs)
     metrics.write_atomically(folder / "metrics.jsonl", lines)
 
 
-def merge_results(config: Config, folder: pathlib.Path) -> None:
+def _config_of(folder: pathlib.Path) -> Config:
+    """The config of a work folder."""
+    return _from_json(metrics.read_json(folder / "config.json"))
+
+
+def _from_json(content: Mapping[str, Any]) -> Config:
+    """A config as JSON has it; a field that is newer than the file has its default."""
+    return Config(**{name: content.get(name, spec.default) for name, spec in SPECS.items()})
+
+
+def merge_results(folder: pathlib.Path) -> None:
     """Makes `result.json` from the finished runs.
 
     Its `state_sha256` is the digest of the runs' digests in the order of the grid, and its
     `environment` that of the last run; a run made in another environment has its own as well.
     """
+    config = _config_of(folder)
     runs = [report.load_run(run) for run in _finished(config, folder)]
+    if not runs:  # all that there are diverged
+        return
     results = [dict(run.result) for run in runs]
     environment = results[-1]["environment"]
     for result in results:

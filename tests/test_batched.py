@@ -1,7 +1,9 @@
 """Methods and seeds in one program: equal to the same runs one by one, and as interruptible."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import batched, report, train, workdir
+from experiments import batched, report, sweep, train, workdir
 from experiments.config import Config
 from tests.train_runs import (
     compiled_once,
@@ -130,26 +132,43 @@ def test_stopped_in_the_middle_it_goes_on_bit_for_bit(together, tmp_path, monkey
         assert [without_timing(x) for x in lines[0]] == [without_timing(x) for x in lines[1]]
 
 
-def test_a_seed_more_leaves_the_finished_runs_alone(together, monkeypatch):
-    before = {path: path.read_bytes() for path in together.glob("runs/*/result.json")}
-    todo = workdir.missing(Config(compare=METHODS, seeds=3), together)
-    assert todo == [(method, 2) for method in METHODS]
-    ((folder, runs),) = workdir.together(Config(compare=METHODS, seeds=3), together, todo)
-    assert runs == todo
-    assert folder.name == "dense-sgd-sparseopt-seeds-2"
-    assert before == {path: path.read_bytes() for path in together.glob("runs/*/result.json")}
-
-
-def test_methods_that_lack_the_same_seeds_train_together(tmp_path):
+def test_runs_that_are_missing_train_together(tmp_path):
+    """Methods that lack the same seeds; what was under way goes on as it was."""
     config = Config(compare=METHODS, seeds=2)
     todo = [("dense", 1), ("sgd", 0), ("sgd", 1), ("sparseopt", 0), ("sparseopt", 1)]
     groups = workdir.together(config, tmp_path, todo)
     assert [runs for _, runs in groups] == [todo[:1], todo[1:]]
-    # What was under way goes on as it was, though one of its runs is finished.
     folder = groups[1][0]
+    assert folder == tmp_path / "batches/sgd-sparseopt-seeds-0-1"
     folder.mkdir(parents=True)
     (folder / "runs.json").write_text(json.dumps(todo[1:]))
-    assert workdir.together(config, tmp_path, [("sparseopt", 1)]) == [(folder, todo[1:])]
+    left = [("sparseopt", 1)]
+    # Killed while it wrote the results of the first three, which are of this very group.
+    for method, seed in todo[1:4]:
+        own = workdir.run_folder(tmp_path, method, seed)
+        own.mkdir(parents=True)
+        (own / "run.json").write_text(json.dumps({"group": folder.name}))
+    assert workdir.together(config, tmp_path, left) == [(folder, todo[1:])]
+    # One of them was done by itself meanwhile: nothing of it is to be written again.
+    own = workdir.run_folder(tmp_path, "sgd", 1)
+    (own / "run.json").write_text(json.dumps({"group": None}))
+    ((_, runs),) = workdir.together(config, tmp_path, left)
+    assert runs == left
+
+
+def test_a_finished_run_of_a_group_is_left_as_it_is(together, tmp_path):
+    """Results of two of the six runs are lost; the group goes on from its last checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(together, folder)
+    lost = [folder / "runs" / name / "result.json" for name in ("dense-seed1", "sparseopt-seed0")]
+    expected = [json.loads(path.read_text())["state_sha256"] for path in lost]
+    for path in lost:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.json*")}
+    assert train_here(folder, CONFIG, *TOGETHER) == 0
+    assert [json.loads(path.read_text())["state_sha256"] for path in lost] == expected
+    changed = {path.parent for path, time in kept.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {path.parent for path in lost}
 
 
 def test_a_loss_that_is_not_finite_names_the_run(tmp_path, monkeypatch, capsys):
@@ -171,11 +190,51 @@ def test_a_loss_that_is_not_finite_names_the_run(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "error: sgd seed 0: the loss is nan at step 6; trained alone, with batch_runs=no" in said
 
+    # In a sweep the runs of that group are trained one by one.
+    alone = []
+    monkeypatch.setattr(train, "_singles", lambda c, f, runs, d, m: alone.extend(runs) or iter(()))
+    config = dataclasses.replace(CONFIG, batch_runs="yes", steps_per_call=3)
+
+    def body(stop):
+        with stop:
+            sweep.train_sweep("one", {"six": config}, tmp_path / "sweep", stop)
+
+    assert train.guarded(body, lambda: "the command") == 0
+    assert alone == config.runs()
+    assert not list((tmp_path / "sweep").glob("six/batches/*/runs.json"))
+
 
 def test_batch_runs_needs_one_device(tmp_path, capsys):
     texts = ("--config.mesh_data=2", "--config.batch_size=130", *TOGETHER)
     assert train_here(tmp_path / "run", CONFIG, *texts) == 2
     assert "batch_runs='yes' must be auto or no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dense_group_goes_on_too(tmp_path):
+    """It has no masks to keep."""
+    config = dataclasses.replace(
+        CONFIG, compare=("dense",), steps=8, eval_steps=0, diagnostics_every=0, log_every=4
+    )
+    with standard_promotion():
+        assert train_here(tmp_path / "whole", config, *TOGETHER) == 0
+        texts = (*TOGETHER, "--config.checkpoint_every=4")
+        place = batched.BatchedStepper._place
+        with pytest.MonkeyPatch.context() as patch:
+
+            def signalled(self, step):
+                if step == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return place(self, step)
+
+            patch.setattr(batched.BatchedStepper, "_place", signalled)
+            assert train_here(tmp_path / "parts", config, *texts) == 143
+        assert train_here(tmp_path / "parts", config, *texts) == 0
+    digests = [
+        json.loads((tmp_path / name / "result.json").read_text())["state_sha256"]
+        for name in ("whole", "parts")
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_gradients_of_convolutions_map_over_methods_and_seeds():

@@ -72,3 +72,36 @@ def test_unequal_masks_keep_the_count_and_spread_the_fan_in(spread):
     # weights have standard deviation over mean sqrt(e - 1) = 1.31, of which saturation takes some.
     relative = fan_in.std() / fan_in.mean()
     assert 0.32 < relative < 0.43 if spread == 0 else 0.9 < relative < 1.31
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sparseopt", "ham", "sparseopt_ham"])
+def test_the_optimizers_are_the_library_s_recipes(tree, optimizer):
+    """Bit for bit, over three steps."""
+    config = Config(
+        topology="static", sparsity=0.8, optimizer=optimizer, schedule="constant", ham_alpha=2.0,
+        average_over="network", weight_decay=0.01,
+    )  # fmt: skip
+    options = {"momentum": 0.9, "weight_decay": 0.01, "average_over": "network"}
+    sgd = optax.chain(
+        optax.add_decayed_weights(0.01, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.sgd(0.1, 0.9),
+    )
+    ham = {"alpha": 2.0, "beta": 1e-3}
+    recipe = {
+        "sgd": sgd,
+        "sparseopt": sx.sparseopt(0.1, **options),
+        "ham": sx.ham(sgd, 0.1, **ham),
+        "sparseopt_ham": sx.sparseopt_ham(0.1, **options, **ham),
+    }[optimizer]
+    sparse = {"distribution": sx.ERK(0.8), "topology": sx.Static(), "seed": 0}
+    found = []
+    for tx in (build.make_optimizer(config, 10), sx.sparse_training(recipe, **sparse)):
+        state = tx.init(tree)
+        params = sx.apply_masks(tree, sx.get_masks(state))
+        for _ in range(3):
+            gradient = jax.tree.map(jnp.sin, params)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        found.append(params)
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)

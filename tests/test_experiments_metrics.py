@@ -53,7 +53,11 @@ def test_environment_names_versions_and_device(monkeypatch):
     assert set(found["versions"]) == {"python", *metrics.PACKAGES}
     assert (found["device_kind"], found["device_count"]) == ("cpu", jax.device_count())
     monkeypatch.setenv("PATH", "")  # no git
+    # The commit is that of the first call: what is committed later is not what this process runs.
+    assert metrics.environment() == found
+    metrics.checkout.cache_clear()
     assert metrics.environment()["git_commit"] is None
+    metrics.checkout.cache_clear()
 
 
 def test_digest_sees_values_names_dtypes_and_masks():

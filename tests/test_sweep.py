@@ -1,12 +1,16 @@
 """A sweep of settings: stopped and started again, shared between processes, extended."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import comparison, data, sweep, train, workdir
-from experiments.config import Config
+from experiments import comparison, data, distributed, stepping, sweep, train, workdir
+from experiments.config import Config, ConfigError
 from tests.train_runs import compiled_once, read_lines, sigterm_in_step, standard_promotion
 
 BASE = Config(
@@ -17,7 +21,7 @@ BASE = Config(
 # The second one shares its images, the third does not, and has half the runs.
 SETTINGS = {
     "base": BASE,
-    "batch/64": dataclasses.replace(BASE, batch_size=64, topology="static"),
+    "batch/64": dataclasses.replace(BASE, batch_size=64, topology="static", compare=("sgd",)),
     "pooled": dataclasses.replace(BASE, pool=2, compare=("sgd",), topology="static"),
 }
 
@@ -53,7 +57,7 @@ def test_every_setting_is_a_work_folder_of_its_own(whole):
     for name, config in SETTINGS.items():
         assert workdir.missing(config, whole / name) == []
         result = json.loads((whole / name / "result.json").read_text())
-        assert len(result["runs"]) == len(workdir.runs_of(config))
+        assert len(result["runs"]) == len(config.runs())
         assert result["config"]["pool"] == config.pool
         assert "git_commit" in result["environment"]
         # Four lines, and an evaluation at the end of each epoch and of the run.
@@ -61,22 +65,44 @@ def test_every_setting_is_a_work_folder_of_its_own(whole):
         assert len(read_lines(whole / name / "metrics.jsonl")) == len(result["runs"]) * lines
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing answers a SIGKILL."""
+
+
+@contextlib.contextmanager
+def killed_in_step(step):
+    """The body raises Killed where it would take the given step: no checkpoint, no last word."""
+    single = stepping.Stepper._single
+
+    def killed(self, state):
+        if self.step + 1 == step:
+            raise Killed
+        return single(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepping.Stepper, "_single", killed)
+        try:
+            yield
+        except Killed:
+            return
+    raise AssertionError(f"nothing was killed in step {step}")
+
+
 def test_stopped_and_started_again_it_is_the_same_sweep(whole, tmp_path, capsys):
-    """SIGTERM in the last step of the first run; later, in a step of the second setting."""
+    """SIGTERM in step 13 of the first run, then killed six times until the second setting."""
     folder = tmp_path / "sweep"
     with sigterm_in_step(13):
         assert run(folder) == (143, [])
     assert "sgd seed 0, at step 13; to continue: the command" in capsys.readouterr().err
-    assert workdir.missing(BASE, folder / "base") == workdir.runs_of(BASE)
-    # The other three of the first setting, whose steps 13 stop it again and again, and one more.
-    for finished in range(1, 5):
-        with sigterm_in_step(13):
-            assert run(folder) == (143, [])
-        done = len(list(folder.glob("*/**/runs/*/result.json")))
-        assert done == finished
-    assert f"{4} of 10 runs are done" not in capsys.readouterr().out
+    assert workdir.missing(BASE, folder / "base") == BASE.runs()
+    # In step 5 a run has no checkpoint yet.
+    for step, finished in ((9, 1), (5, 2), (9, 2), (5, 3), (9, 3), (5, 4)):
+        with killed_in_step(step):
+            run(folder)
+        assert len(list(folder.glob("*/**/runs/*/result.json"))) == finished
+    assert "continuing from step 6" in capsys.readouterr().out
     assert run(folder) == (0, [True])
-    assert "three: 3 setting(s), 4 of 10 runs are done" in capsys.readouterr().out
+    assert "three: 3 setting(s), 4 of 8 runs are done" in capsys.readouterr().out
     for name in SETTINGS:
         found = comparison.compare(whole / name, folder / name)
         assert found.difference is None
@@ -92,7 +118,7 @@ def test_what_another_process_trains_is_left_to_it(whole, tmp_path, capsys):
     assert not list((folder / "batch/64").glob("runs/*"))
     assert (folder / "pooled/result.json").is_file()
     assert run(folder) == (0, [True])
-    assert "6 of 10 runs are done" in capsys.readouterr().out
+    assert "6 of 8 runs are done" in capsys.readouterr().out
     ours, theirs = (json.loads((f / "batch/64/result.json").read_text()) for f in (folder, whole))
     assert ours["state_sha256"] == theirs["state_sha256"]
 
@@ -120,3 +146,67 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, capsys):
     assert run(tmp_path / "sweep", settings) == (2, [])
     assert "pool=3 must divide" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_settings_of_earlier_and_of_others_stay_in_the_sweep(whole, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(whole, folder)
+    assert run(folder, {"pooled": SETTINGS["pooled"]}) == (0, [True])
+    assert json.loads((folder / "sweep.json").read_text())["settings"] == list(SETTINGS)
+    # Fewer seeds and methods than there are: what is there stays.
+    few = dataclasses.replace(BASE, seeds=1, compare=("sparseopt",))
+    assert run(folder, {"base": few}) == (0, [True])
+    result = json.loads((folder / "base/result.json").read_text())
+    assert [(r["method"], r["seed"]) for r in result["runs"]] == BASE.runs()
+    assert result["state_sha256"] == json.loads((whole / "base/result.json").read_text())[
+        "state_sha256"
+    ]  # fmt: skip
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(tmp_path, capsys):
+    wild = dataclasses.replace(SETTINGS["pooled"], learning_rate=1e30, seeds=1)
+    settings = {"wild": wild, "pooled": SETTINGS["pooled"]}
+    folder = tmp_path / "sweep"
+    assert run(folder, settings) == (1, [])
+    said = capsys.readouterr()
+    assert "error: wild: sgd seed 0: the loss is " in said.err
+    assert (folder / "pooled/result.json").is_file()
+    path = folder / "wild/runs/sgd-seed0/diverged.json"
+    content = json.loads(path.read_text())
+    assert (content["method"], content["seed"]) == ("sgd", 0)
+    assert "smaller learning_rate" in content["message"]
+    # It is known now, and not tried again.
+    assert run(folder, settings) == (1, [])
+    again = capsys.readouterr()
+    assert "2 of 3 runs" not in again.out
+    assert "compiling" not in again.out
+    assert again.err == said.err
+
+
+def test_another_config_in_a_folder_is_said_before_anything_trains(whole, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    (folder / "pooled").mkdir(parents=True)
+    shutil.copy(whole / "base/config.json", folder / "pooled/config.json")
+    assert run(folder) == (2, [])
+    assert "holds runs with pool=1, not 2" in capsys.readouterr().err
+    assert not (folder / "base").exists()
+
+
+def test_a_lock_is_told_of_on_every_process(tmp_path, monkeypatch):
+    """Process 0 of two finds the folder taken; what it sends is all that the other one has."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "broadcast_one_to_all", lambda value: np.asarray(value)
+    )
+
+    def taken():
+        raise distributed.LockedError("another process trains in it")
+
+    def wrong():
+        raise ConfigError("learning_rate=0 must be above 0")
+
+    with pytest.raises(distributed.LockedError, match="another process"):
+        distributed.from_main(taken)
+    with pytest.raises(ConfigError, match="learning_rate=0") as caught:
+        distributed.from_main(wrong)
+    assert not isinstance(caught.value, distributed.LockedError)
