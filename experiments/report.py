@@ -11,7 +11,7 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.config import ConfigError
@@ -23,15 +23,16 @@ from experiments.reporting.finished_runs import (
     by_method,
     load_run,
     load_runs,
+    load_settings,
     load_sweep,
 )
 from experiments.reporting.pictures import write_pictures, write_sweep_pictures
 from experiments.reporting.seed_statistics import compare, describe
-from experiments.reporting.tables import QUANTITIES, sweep_tables, table, unfinished
+from experiments.reporting.tables import QUANTITIES, diverged, sweep_tables, table, unfinished
 
 __all__ = [
-    "COMPARED", "Run", "by_method", "load_run", "load_runs", "load_sweep", "main", "report",
-    "report_sweep", "summarize", "summarize_sweep", "table", "write_pictures",
+    "COMPARED", "Run", "by_method", "load_run", "load_runs", "load_settings", "load_sweep", "main",
+    "report", "report_sweep", "summarize", "summarize_sweep", "table", "write_pictures",
 ]  # fmt: skip
 
 
@@ -114,25 +115,29 @@ def summarize_sweep(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
       `name`; `settings`: by setting what `summarize` returns of it; `unfinished`: by setting how
-      many runs are `finished` and `expected` (None where there is no config yet); `environment`:
-      by each entry of the runs' environments all its distinct values.
+      many runs are `finished`, `diverged` and `expected` (None where there is no config yet);
+      `diverged`: by setting `method`, `seed` and `message` of runs that did; `environment`: by each
+      entry of the runs' environments all its distinct values.
 
     Raises:
       ConfigError: it is not the folder of a sweep, or no run is finished.
     """
-    return _summarize_sweep(pathlib.Path(folder), load_sweep(folder))
+    names = finished_runs.setting_names(folder)
+    return _summarize_settings(pathlib.Path(folder), names, load_sweep(folder))
 
 
-def _summarize_sweep(folder: pathlib.Path, sweep: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
-    progress = {
-        name: finished_runs.progress(folder / name) for name in finished_runs.setting_names(folder)
-    }
+def _summarize_settings(
+    folder: pathlib.Path, names: Iterable[str], sweep: Mapping[str, Sequence[Run]]
+) -> dict[str, Any]:
+    progress = {name: finished_runs.progress(folder / name) for name in names}
+    lost = {name: finished_runs.diverged(folder / name) for name in progress}
     return {
         "name": finished_runs.sweep_name(folder),
         "settings": {name: summarize(runs) for name, runs in sweep.items()},
         "unfinished": {
             name: dataclasses.asdict(one) for name, one in progress.items() if not one.complete()
         },
+        "diverged": {name: runs for name, runs in lost.items() if runs},
         "environment": _environment([run for runs in sweep.values() for run in runs]),
     }
 
@@ -166,6 +171,9 @@ def report(folder: str | os.PathLike[str]) -> str:
         parts[0] += (
             "\nuniform leaves the first layer dense and does not make up for it, as RigL does."
         )
+    lost = finished_runs.diverged(path)
+    if lost:
+        parts.append(diverged({str(folder): lost}))
     progress = finished_runs.progress(path)
     if not progress.complete():
         parts.append(unfinished({str(folder): dataclasses.asdict(progress)}))
@@ -173,21 +181,25 @@ def report(folder: str | os.PathLike[str]) -> str:
     return "\n\n".join(parts)
 
 
-def report_sweep(folder: str | os.PathLike[str]) -> str:
+def report_sweep(folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> str:
     """Writes `summary.json` and the pictures of a sweep's finished runs.
 
     Args:
       folder: that of a sweep.
+      names: the settings to report on; None: those of `sweep.json`.
 
     Returns:
-      Its tables, what is not finished, and the paths of what was written.
+      Its tables, what diverged, what is not finished, and the paths of what was written.
 
     Raises:
       ConfigError: it is not the folder of a sweep, or no run is finished.
     """
     path = pathlib.Path(folder)
-    sweep = load_sweep(path)
-    summary = _summarize_sweep(path, sweep)
+    sweep = load_sweep(path) if names is None else load_settings(path, names)
+    if not sweep:
+        raise ConfigError(f"{folder} has no finished run yet of {', '.join(names or ())}")
+    chosen = finished_runs.setting_names(path) if names is None else names
+    summary = _summarize_settings(path, chosen, sweep)
     written = path / "summary.json"
     write_json(written, summary)
     paths = [written, *write_sweep_pictures(sweep, summary["name"], path)]

@@ -18,17 +18,20 @@ from typing import Any
 
 import matplotlib.figure
 
-from experiments import distributed, metrics, report, sweep, train
+from experiments import distributed, metrics, report, sweep, train, workdir
+from experiments.divergence import DivergedError
 from experiments.paper import figures, gradient_ratio, neuron_steps, reported, side_by_side
 from experiments.paper.request import Request, parse
 from experiments.paper.side_by_side import QUANTITIES, Row
-from experiments.reporting import finished_runs, plots
+from experiments.reporting import finished_runs, plots, tables
 from experiments.run import StoppedError
 from experiments.stopping import StopRequests
 
 
 def reproduce(asked: Request, stop: StopRequests) -> None:
     """Trains what is missing, then prints tables, and writes numbers and figures.
+
+    These show what there is, also where some runs diverged or training was stopped.
 
     Args:
       asked: what to do.
@@ -48,9 +51,9 @@ def reproduce(asked: Request, stop: StopRequests) -> None:
     try:
         with stop:
             sweep.train_sweep(asked.reproduction.name, configs, asked.workdir, stop)
-    except StoppedError:
+    except (StoppedError, DivergedError) as error:
         if main:
-            print("\n" + _tables(asked, _record(asked, _finished(asked))))
+            print("\n" + _show(asked, isinstance(error, StoppedError)), flush=True)
         raise
     if main:
         print("\n" + _show(asked), flush=True)
@@ -70,7 +73,9 @@ def heading(asked: Request) -> str:
             "Ours is another task: its numbers are not comparable with the paper's, which are shown"
             " for what\nthey are."
         )
-    return "\n".join([*lines, *reproduction.claims])
+    for claim in reproduction.claims:
+        lines.append(textwrap.fill(f"the paper says: {claim}", 98, break_on_hyphens=False))
+    return "\n".join([*lines, *reproduction.notes])
 
 
 def choices(asked: Request) -> str:
@@ -97,6 +102,11 @@ def choices(asked: Request) -> str:
     ]
     if further:
         lines.append(f"Given by this command: {', '.join(further)}")
+    lines += [
+        f"The same as {name}, so not trained again: {', '.join(one.same)}"
+        for name, one in asked.settings.items()
+        if one.same
+    ]
     return "\n".join(lines)
 
 
@@ -120,11 +130,8 @@ def _hyperparameters(asked: Request) -> list[Row]:
 
 
 def _finished(asked: Request) -> dict[str, list[finished_runs.Run]]:
-    """The finished runs of the settings asked for, by setting."""
-    folders = {name: asked.workdir / name for name in asked.settings}
-    if not any(finished_runs.progress(folder).finished for folder in folders.values()):
-        return {}
-    return finished_runs.load_sweep(asked.workdir)
+    """The finished runs of the settings asked for, by setting; the folder may hold others."""
+    return finished_runs.load_settings(asked.workdir, asked.settings)
 
 
 def _record(asked: Request, runs: Mapping[str, Sequence[finished_runs.Run]]) -> dict[str, Any]:
@@ -132,14 +139,24 @@ def _record(asked: Request, runs: Mapping[str, Sequence[finished_runs.Run]]) -> 
     reproduction = asked.reproduction
     rows = side_by_side.rows_of(reproduction, asked.settings, runs)
     curves = side_by_side.curves_of(runs) if reproduction.shows == "sharpness" else []
-    missing = {}
+    missing, diverged = {}, {}
     for name, setting in asked.settings.items():
-        count = len(setting.config.methods()) * setting.config.seeds
-        if len(runs.get(name, ())) < count:
-            missing[name] = {"finished": len(runs.get(name, ())), "of": count}
+        of_config = set(setting.config.runs())
+        lost = [
+            run
+            for run in finished_runs.diverged(asked.workdir / name)
+            if (run["method"], run["seed"]) in of_config
+        ]
+        found = {(run.result["method"], run.result["seed"]) for run in runs.get(name, ())}
+        finished = len(of_config & found)
+        if finished + len(lost) < len(of_config):
+            missing[name] = {"finished": finished, "of": len(of_config)}
+        if lost:
+            diverged[name] = lost
     return _header(asked) | {
         "quantity": QUANTITIES[reproduction.shows].name,
         "missing": missing,
+        "diverged": diverged,
         "rows": rows,
         "differences": side_by_side.differences_of(rows),
         "curves": curves,
@@ -154,9 +171,11 @@ def _header(asked: Request) -> dict[str, Any]:
     return {
         "name": reproduction.name,
         "summary": reproduction.summary,
-        "command": asked.command(),
+        "command": asked.published_command(),
         "paper": {"source": reported.SOURCE, "task": task, "claims": list(reproduction.claims)},
         "ours": {"task": ours, "same_task_as_paper": published is not None and same},
+        "notes": list(reproduction.notes),
+        "same_settings": {name: one.same for name, one in asked.settings.items() if one.same},
         "hyperparameters": _hyperparameters(asked),
         "environment": metrics.environment(),
     }
@@ -173,6 +192,8 @@ def _tables(asked: Request, record: Mapping[str, Any]) -> str:
         )
     if record["differences"]:
         parts.append(side_by_side.difference_table(reproduction, record["differences"]))
+    if record["diverged"]:
+        parts.append(tables.diverged(record["diverged"]))
     if record["missing"]:
         counts = [
             f"  {name}: {n['finished']} of {n['of']}" for name, n in record["missing"].items()
@@ -181,8 +202,11 @@ def _tables(asked: Request, record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _show(asked: Request) -> str:
-    """Writes numbers and figures; returns the tables and where they are."""
+def _show(asked: Request, stopped: bool = False) -> str:
+    """Writes numbers and figures; returns the tables, where they are, and how to go on.
+
+    The last is not said of a command that was stopped, which ends by saying so itself.
+    """
     runs = _finished(asked)
     record = _record(asked, runs)
     name = asked.reproduction.name
@@ -195,8 +219,9 @@ def _show(asked: Request) -> str:
         plots.save(figure, written[-1])
     parts = [_tables(asked, record), "\n".join(map(str, written))]
     if runs:
-        parts.append(f"All of {name}:\n\n{report.report_sweep(asked.workdir)}")
-    if record["missing"]:
+        everything = report.report_sweep(asked.workdir, list(asked.settings))
+        parts.append(f"All of {name}:\n\n{everything}")
+    if record["missing"] and not stopped:
         parts.append(f"not finished; to continue: {asked.command()}")
     return "\n\n".join(parts)
 
@@ -211,25 +236,24 @@ def _figure(asked: Request, record: Mapping[str, Any]) -> matplotlib.figure.Figu
         differences = [row for row in record["differences"] if row["ours"] is not None]
         return figures.forest(differences, quantity.of_difference, title) if differences else None
     if reproduction.shows == "itop_rate":
-        return figures.bars(record["rows"], quantity.name, title)
+        return figures.bars(record["rows"], quantity.name, title, reproduction.published)
     return figures.budgets(record["rows"], quantity.name, title, same)
 
 
 def _measure(asked: Request) -> None:
     """Does a reproduction that is no sweep: one function measures, tables and draws it."""
     (setting,) = asked.settings.values()
-    config = setting.config
+    keep = asked.workdir / f"{asked.reproduction.name}-parts.json"
     table: Callable[[Mapping[str, Any]], str]
-    if asked.reproduction.shows == "gradient_ratio":
-        found = gradient_ratio.measure(config, say=_say)
-        table, figure = gradient_ratio.table, gradient_ratio.figure
-    else:
-        steps = [n for n in neuron_steps.STEPS if config.steps == -1 or n < config.steps]
-        found = neuron_steps.measure(config, steps, _say)
-        table, figure = neuron_steps.table, neuron_steps.figure
+    with distributed.lock(lambda: workdir.lock(asked.workdir)):
+        if asked.reproduction.shows == "gradient_ratio":
+            found = gradient_ratio.measure(setting.config, say=_say, keep=keep)
+            table, figure = gradient_ratio.table, gradient_ratio.figure
+        else:
+            found = neuron_steps.measure(setting.config, say=_say, keep=keep)
+            table, figure = neuron_steps.table, neuron_steps.figure
     if not distributed.is_main():
         return
-    asked.workdir.mkdir(parents=True, exist_ok=True)
     written = [
         asked.workdir / f"{asked.reproduction.name}{end}" for end in (".json", "-figure.png")
     ]

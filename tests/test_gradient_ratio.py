@@ -1,5 +1,6 @@
 """The gradient ratio against a backward pass written by hand in NumPy, and against theory."""
 
+import dataclasses
 import json
 import types
 
@@ -127,6 +128,44 @@ def test_result_is_json_and_is_shown(found, tmp_path):
     ]  # fmt: skip
     plots.save(gradient_ratio.figure(again), tmp_path / "ratio.png")
     assert (tmp_path / "ratio.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_that_are_done_are_not_measured_again(tmp_path, monkeypatch):
+    """Interrupted in the second case; further seeds join those that are there."""
+    config = Config(model="mlp", hidden=8, batch_size=32, seeds=2)
+    file = tmp_path / "parts.json"
+    arguments = {"sparsities": (0.0, 0.5), "batches": 1, "inits": ("uniform",), "keep": file}
+    over_batches, calls = gradient_ratio._over_batches, []
+    make_ratios, programs = gradient_ratio.make_ratios, {}
+
+    def made_once(dataset, hidden, norm):
+        return programs.setdefault(norm, make_ratios(dataset, hidden, norm))
+
+    def counted(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return over_batches(*given)
+
+    monkeypatch.setattr(gradient_ratio, "_over_batches", counted)
+    monkeypatch.setattr(gradient_ratio, "make_ratios", made_once)
+    with pytest.raises(KeyboardInterrupt):
+        gradient_ratio.measure(config, **arguments)
+    assert list(metrics.read_json(file)["parts"]) == [
+        "uniform batch seed 0", "uniform batch seed 1", "uniform layer seed 0"
+    ]  # fmt: skip
+    found = gradient_ratio.measure(config, **arguments)
+    assert len(calls) == 4 + 3
+    whole = gradient_ratio.measure(config, **arguments | {"keep": None})
+    assert len(calls) == 4 + 3 + 6
+    assert found == whole
+    more = dataclasses.replace(config, seeds=3)
+    assert gradient_ratio.measure(more, **arguments)["cases"][0]["ratio"][0]["n"] == 3
+    assert len(calls) == 4 + 3 + 6 + 3
+    with pytest.raises(ConfigError, match=r"parts.json holds measurements with hidden=8, not 9"):
+        gradient_ratio.measure(dataclasses.replace(config, hidden=9), **arguments)
+    with pytest.raises(ConfigError, match="with batches=1, not 2; give another --workdir"):
+        gradient_ratio.measure(config, **arguments | {"batches": 2})
 
 
 def test_figure_has_a_line_for_each_normalisation(found):

@@ -1,5 +1,6 @@
 """Slopes over the fan-in: against constructed data, and what one step of SGD has to give."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from experiments.config import Config, ConfigError
 from experiments.paper import neuron_steps
-from experiments.reporting import plots
+from experiments.reporting import plots, seed_statistics
 
 CONFIG = Config(
     model="mlp",
@@ -23,9 +24,65 @@ CONFIG = Config(
 )
 
 
+def quiet(text):
+    pass
+
+
+def once(compile_it):
+    """A program for each config, whichever loading of the same data it is for."""
+    found = {}
+
+    def compiled(config, *further):
+        if config not in found:
+            found[config] = compile_it(config, *further)
+        return found[config]
+
+    return compiled
+
+
 @pytest.fixture(scope="module")
-def found():
-    return neuron_steps.measure(CONFIG, (0, 3, 5), say=lambda text: None)
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "parts.json"
+
+
+@pytest.fixture(scope="module")
+def found(file):
+    """Interrupted after the first run, and started again."""
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("compile_model", "compile_method"):
+            patch.setattr(neuron_steps, name, once(getattr(neuron_steps, name)))
+        with pytest.raises(KeyboardInterrupt):
+            neuron_steps.measure(CONFIG, (0, 3, 5), interrupt, keep=file)
+        assert list(json.loads(file.read_text())["parts"]) == ["sgd seed 0"]
+        return neuron_steps.measure(CONFIG, (0, 3, 5), quiet, keep=file)
+
+
+def test_runs_that_are_done_are_not_trained_again(found, file, monkeypatch):
+    written = file.read_bytes()
+    monkeypatch.setattr(neuron_steps, "compile_method", None)  # nothing is left to train
+    assert neuron_steps.measure(CONFIG, (0, 3, 5), quiet, keep=file) == found
+    assert file.read_bytes() == written
+    parts = json.loads(written)["parts"]
+    assert list(parts) == ["sgd seed 0", "sparseopt seed 0"]
+    slope = found["slopes"]["sgd"]["relative_step"][1]["mean"]
+    assert parts["sgd seed 0"]["found"][1]["relative_step"] == slope
+
+
+def test_runs_of_another_measurement_are_refused(found, file):
+    other = dataclasses.replace(CONFIG, sparsity=0.9)
+    with pytest.raises(ConfigError, match=r"parts.json holds measurements with sparsity=0.8, not"):
+        neuron_steps.measure(other, (0, 3, 5), quiet, keep=file)
+    with pytest.raises(ConfigError, match=r"with steps=\[0, 3, 5\], not \[0, 10, 30\]"):
+        # The run has 45 steps, so of the default ones three are left.
+        neuron_steps.measure(CONFIG, say=quiet, keep=file)
+    damaged = file.with_name("damaged.json")
+    damaged.write_text("[]")
+    with pytest.raises(ConfigError, match=r"damaged.json must have config, how, parts"):
+        neuron_steps.measure(CONFIG, (0,), quiet, keep=damaged)
 
 
 def test_slope_of_one_group_against_polyfit():
@@ -104,9 +161,9 @@ def test_every_step_of_every_method_is_measured(found):
 
 
 def test_no_slope_is_shown_as_none(found, tmp_path):
-    nothing = neuron_steps._describe([None, None])
+    nothing = seed_statistics.describe_given([None, None])
     assert nothing == {"n": 0, "mean": None, "std": None, "values": [None, None]}
-    some = neuron_steps._describe([None, 1.0, 3.0])
+    some = seed_statistics.describe_given([None, 1.0, 3.0])
     assert (some["n"], some["mean"], some["values"]) == (2, 2.0, [None, 1.0, 3.0])
     cells = [{"step": step} | nothing for step in found["steps"]]
     empty = found | {"slopes": {"sgd": dict.fromkeys(neuron_steps.QUANTITIES, cells)}}

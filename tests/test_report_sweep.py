@@ -101,10 +101,11 @@ def test_summary(sweep):
     summary = report.summarize_sweep(sweep)
     assert summary["name"] == "a table"
     assert summary["unfinished"] == {
-        "none": {"finished": 0, "expected": 6},
-        "a-seed": {"finished": 2, "expected": 6},
-        "later": {"finished": 0, "expected": None},
+        "none": {"finished": 0, "expected": 6, "diverged": 0},
+        "a-seed": {"finished": 2, "expected": 6, "diverged": 0},
+        "later": {"finished": 0, "expected": None, "diverged": 0},
     }
+    assert summary["diverged"] == {}
     sgd = summary["settings"]["set-0.9"]["methods"]["sgd"]
     assert sgd["late_train_loss"]["mean"] == pytest.approx(0.18)
     assert sgd["late_train_loss"]["std"] == pytest.approx(0.02)
@@ -160,7 +161,7 @@ def test_pictures_show_the_runs(sweep, drawn):
     report.report_sweep(sweep)
     assert list(drawn) == [
         "curves.png", "loss.png", "difference_accuracy.png", "difference_loss.png", "itop.png",
-        "flops.png",
+        "flops.png", "flops_loss.png",
     ]  # fmt: skip
     titles = [axes.get_title() for axes in drawn["curves.png"].axes]
     assert titles == ["set-0.9 (n = 3)", "group/dense (n = 2)", "a-seed (n = 1)"]
@@ -174,6 +175,98 @@ def test_pictures_show_the_runs(sweep, drawn):
     accuracy = drawn["difference_accuracy.png"].axes[1].lines[1]
     np.testing.assert_allclose(accuracy.get_ydata(), [10, 10])
     assert len(drawn["itop.png"].axes[1].lines) == 2  # dense has no R_m
+
+
+def test_loss_against_flops(sweep, drawn):
+    report.report_sweep(sweep)
+    panels = {axes.get_title(): axes for axes in drawn["flops_loss.png"].axes}
+    dense, sgd, *_ = (box.lines[0].get_xydata() for box in panels["SET"].containers)
+    np.testing.assert_allclose(dense, [[3000 * 10 * STEPS, 0.04]])
+    np.testing.assert_allclose(sgd[:, 1], [0.18])
+
+
+def test_skew_of_the_gradient_is_the_mean_over_layers(sweep, drawn):
+    """Ratios of 0.8 + seed / 10 and 0.6 in two layers, angles of 0.1 and 0.3; a third has none."""
+    for seed in range(3):
+        path = sweep / f"set-0.9/runs/sgd-seed{seed}/metrics.jsonl"
+        layers = {
+            "one": {"norm_ratio": 0.8 + seed / 10, "angle": 0.1},
+            "two": {"norm_ratio": 0.6, "angle": 0.3},
+            "three": {"norm_ratio": None, "angle": None},
+        }
+        line = {"kind": "diagnostics", "step": 20, "epoch": 2.0, "gradient_skew": layers}
+        path.write_text(path.read_text() + json.dumps(line) + "\n")
+    report.report_sweep(sweep)
+    for name, mean in (("skew_norm.png", 0.75), ("skew_angle.png", math.degrees(0.2))):
+        (axes,) = drawn[name].axes
+        assert axes.get_title() == "set-0.9 (n = 3)"
+        (line,) = axes.lines
+        np.testing.assert_allclose(line.get_xydata(), [[2, mean]])
+    (_, spread) = drawn["skew_norm.png"].axes[0].collections
+    (segment,) = spread.get_segments()
+    np.testing.assert_allclose(segment, [[2, 0.7], [2, 0.8]])
+
+
+def write_diverged(setting, method, seed, message):
+    folder = setting / "runs" / f"{method}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"method": method, "seed": seed, "message": message, "environment": ENVIRONMENT}
+    (folder / "diverged.json").write_text(json.dumps(content))
+
+
+def test_a_run_that_diverged_is_neither_counted_nor_missing(sweep, drawn):
+    lost = sweep / "set-0.9"
+    (lost / "runs/sparseopt-seed2/result.json").unlink()
+    message = "sparseopt seed 2: the loss is nan at step 22.\nA smaller learning_rate may help"
+    write_diverged(lost, "sparseopt", 2, message)
+    write_diverged(lost, "sgd", 0, "of before, tried again and finished since")
+    write_diverged(sweep / "none", "sgd", 1, "the loss is inf at step 3")
+    text = report.report_sweep(sweep)
+    summary = json.loads((sweep / "summary.json").read_text())
+    assert summary["diverged"] == {
+        "set-0.9": [{"method": "sparseopt", "seed": 2, "message": "the loss is nan at step 22"}],
+        "none": [{"method": "sgd", "seed": 1, "message": "the loss is inf at step 3"}],
+    }
+    assert summary["settings"]["set-0.9"]["methods"]["sparseopt"]["seeds"] == [0, 1]
+    assert summary["settings"]["set-0.9"]["paired"]["sparseopt - sgd"]["seeds"] == [0, 1]
+    assert "set-0.9" not in summary["unfinished"]
+    assert "\ndiverged: set-0.9 sparseopt seed 2: the loss is nan at step 22\n" in text
+    assert "  none: 0 of 6 runs (1 diverged)\n" in text
+    single = report.report(lost)
+    assert f"\ndiverged: {lost} sparseopt seed 2: the loss is nan at step 22\n" in single
+    assert "not finished" not in single
+
+
+def test_all_runs_diverged(tmp_path):
+    write_diverged(write_setting(tmp_path, "one", {}), "sgd", 0, "the loss is nan at step 22")
+    for folder in (tmp_path, tmp_path / "one"):
+        with pytest.raises(ConfigError, match="1 diverged, the first of them sgd seed 0: the loss"):
+            report.report(folder)
+
+
+def test_other_runs_of_a_folder_are_shown_and_stand_for_none_that_is_missing(tmp_path, drawn):
+    setting = write_setting(tmp_path, "one", {"sgd": (0.5, 0.6), "ham": (0.5, 0.6, 0.7)}, seed=1)
+    text = report.report_sweep(tmp_path)
+    # Of seeds 1 to 3 of sgd and sparseopt there is one.
+    assert "  one: 1 of 6 runs" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    seeds = {name: row["seeds"] for name, row in summary["settings"]["one"]["methods"].items()}
+    assert seeds == {"sgd": [0, 1], "ham": [0, 1, 2]}
+    single = {"compare": [], "optimizer": "ham", "seeds": 2}
+    (setting / "config.json").write_text(json.dumps(CONFIG | single))
+    assert finished_runs.progress(setting) == finished_runs.Progress(2, 2)
+    (setting / "config.json").write_text(json.dumps(CONFIG | single | {"topology": "dense"}))
+    assert finished_runs.progress(setting) == finished_runs.Progress(0, 2)
+
+
+def test_a_report_on_some_settings_whatever_the_sweep_lists(sweep, drawn):
+    text = report.report_sweep(sweep, ["a-seed", "later"])
+    assert list(json.loads((sweep / "summary.json").read_text())["settings"]) == ["a-seed"]
+    assert "1 setting with" in text
+    assert "set-0.9" not in text
+    assert "not finished:\n  a-seed: 2 of 6 runs\n  later: not started\n" in text
+    with pytest.raises(ConfigError, match="no finished run yet of none, later"):
+        report.report_sweep(sweep, ["none", "later"])
 
 
 def test_dense_runs_are_beside_every_sparsity_in_the_picture_of_flops(sweep, drawn):

@@ -10,6 +10,7 @@ import pytest
 from experiments import reproduce
 from experiments.config import Config, ConfigError
 from experiments.configs import imagenet_resnet50
+from experiments.divergence import DivergedError
 from experiments.paper import figures, side_by_side
 from experiments.paper.catalogue import BY_NAME
 from experiments.paper.request import parse
@@ -128,8 +129,49 @@ def test_dense_training_is_not_repeated_for_every_sparsity():
     assert list(dense) == ["dense-1epoch", "dense-2epochs"]
     assert {config.compare for config in dense.values()} == {("dense",)}
     assert len(found) == 2 + 12
-    single = settings(*words, "--config.sparsity=0.9", "--config.topology=set")
-    assert {config.compare for config in single.values()} == {("dense", "sgd", "ham")}
+    # So are those of a command for one sparsity, which may share the folder of the whole.
+    single = settings(*words, "--config.sparsity=0.97", "--config.topology=set")
+    assert single == {
+        name: config
+        for name, config in found.items()
+        if "dense" in name or name.startswith("set-0.97")
+    }
+    # Elsewhere there is one sparsity, and dense is one of the methods.
+    assert list(settings("ham-table", "--epochs=1", "--config.compare=dense,ham")) == [
+        "rigl-0.95-1epoch"
+    ]
+
+
+def test_settings_that_an_override_makes_the_same_are_trained_once():
+    words = ["factors", "--config.learning_rate=0.02"]
+    asked = parse(words)
+    assert asked.settings["base"].same == ("learning_rate=0.02",)
+    assert "learning_rate=0.02" not in asked.settings
+    assert len(asked.settings) == len(settings("factors")) - 1
+    said = "The same as base, so not trained again: learning_rate=0.02"
+    assert said in reproduce.choices(asked)
+    assert list(settings(*words, "--settings=learning_rate=0.0*")) == ["base"]
+    assert "The same as" not in reproduce.choices(parse(["factors"]))
+
+
+def test_the_published_command_has_no_folder_of_this_machine():
+    for data_dir in ("--data_dir=/data", "--config.data_dir=/data"):
+        asked = parse(["itop", "--epochs=2", data_dir, "--config.sparsity=0.9", "--workdir=/here"])
+        assert asked.published_command() == (
+            "python -m experiments.reproduce itop --epochs=2 --config.sparsity=0.9"
+        )
+        assert "--workdir=/here" in asked.command()
+        assert data_dir in asked.command()
+
+
+def test_the_heading_says_whose_words_it_has():
+    itop = reproduce.heading(parse(["itop"])).splitlines()
+    assert itop[-1] == (
+        "the paper says: growth by raw gradients is the default and the better choice"
+    )
+    cifar = reproduce.heading(parse(["cifar100-table"]))
+    assert cifar.endswith("\nThe paper's table is of RigL alone.")
+    assert "the paper says" not in cifar
 
 
 @pytest.mark.parametrize(
@@ -153,8 +195,9 @@ def test_dense_training_is_not_repeated_for_every_sparsity():
         (["cifar100-table", "--config.optimizer=sgd"], "give --config.compare"),
         (["cifar100-table", "--config.compare="], "names no method"),
         (["hessian", "--config.hessian_every=0"], "it must be at least 1"),
-        (["gradient-ratio", "--epochs=2"], "is measured before any training"),
-        (["gradient-ratio", "--config.sparsity=0.5"], "--config.sparsity: gradient-ratio"),
+        (["gradient-ratio", "--epochs=2"], "--epochs=2: gradient-ratio is measured before any"),
+        (["gradient-ratio", "--config.epochs=2"], "--config.epochs=2: gradient-ratio"),
+        (["gradient-ratio", "--config.sparsity=0.5"], "--config.sparsity=0.5: gradient-ratio"),
         (["gradient-ratio", "--settings=x"], "gradient-ratio has one setting"),
     ],
 )
@@ -216,6 +259,10 @@ def test_rows_and_differences():
     assert (ours["n"], ours["mean"], ours["std"]) == pytest.approx((3, 2, 1))
     assert ours["p"] == pytest.approx(P)
     assert all(row["ours"] is None for row in found[1:])
+    certain = [dict(found[0], ours=dict(ours, p=0.002)), dict(found[0], ours=dict(ours, p=None))]
+    marked = side_by_side.difference_table(asked.reproduction, [*certain, *found])
+    assert re.search(r" 0.0020\* +3\n", marked)
+    assert "Of 2 comparisons\nhere, 0.02 would" in marked
     table = side_by_side.table(asked.reproduction, rows)
     assert re.search(r"RigL 0.9 sgd +paper +60.66 ± 0.43 +62.93 ± 0.17", table)
     assert re.search(r"\n +ours +52.00 ± 2.00 \(3\) +- +-", table)
@@ -299,7 +346,12 @@ def test_bars_of_itop():
         for i, (name, one) in enumerate(asked.settings.items())
     }
     rows = side_by_side.rows_of(asked.reproduction, asked.settings, runs)
-    (axes,) = figures.bars(rows, "R_m", "title").axes
+    table = asked.reproduction.published
+    figure = figures.bars(rows, "R_m", "title", table)
+    (legend,) = figure.legends
+    shown = " ".join(legend.get_title().get_text().split())
+    assert shown.endswith("the paper's, resnet50 on imagenet2012 after 270 epochs, off a figure")
+    (axes,) = figure.axes
     heights = [patch.get_height() for patch in axes.patches]
     assert heights == pytest.approx([20, 54, 20, 56, 30, 39.5])
     assert [bool(patch.get_hatch()) for patch in axes.patches] == [False, True] * 3
@@ -317,4 +369,62 @@ def test_forest_of_factors():
     assert [row["ours"]["mean"] for row in found] == pytest.approx([0.5, 1.5])
     (axes,) = figures.forest(found, "points", "title").axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["base", "topology=static"]
+    assert axes.get_xlabel() == "sparseopt - sgd: points"
+    ham = dict(found[1], of=["topology=static", "sparseopt_ham"], minus=["topology=static", "ham"])
+    (axes,) = figures.forest([*found, ham], "points", "title").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "base: sparseopt - sgd",
+        "topology=static: sparseopt - sgd",
+        "topology=static: sparseopt_ham - ham",
+    ]
+    assert axes.get_xlabel() == "difference: points"
     assert "static: sparseopt - sgd" in side_by_side.difference_table(asked.reproduction, found)
+
+
+def test_what_diverged_is_shown_whatever_the_folder_holds_besides(tmp_path, monkeypatch, capsys):
+    """The sweep has trained all that it could: seed 1 of sparseopt is lost."""
+    words = [
+        "cifar100-table", "--epochs=1", "--seeds=2", "--config.sparsity=0.9",
+        "--config.topology=set", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+
+    def train_sweep(name, configs, folder, stop):
+        (setting,) = configs
+        (tmp_path / "sweep.json").write_text('{"name": "other", "settings": ["another"]}')
+        (folder / setting).mkdir()
+        config = json.dumps(dataclasses.asdict(configs[setting]))
+        (folder / setting / "config.json").write_text(config)
+        for method, seed in (("sgd", 0), ("sgd", 1), ("sgd", 7), ("sparseopt", 0), ("ham", 0)):
+            run = folder / setting / f"runs/{method}-seed{seed}"
+            run.mkdir(parents=True)
+            result = {
+                "method": method, "seed": seed, "steps": 1, "density": 0.1, "test_accuracy": 0.5
+            }  # fmt: skip
+            (run / "result.json").write_text(json.dumps(result))
+            (run / "metrics.jsonl").write_text("")
+        run = folder / setting / "runs/sparseopt-seed1"
+        run.mkdir()
+        lost = {"method": "sparseopt", "seed": 1, "message": "the loss is nan at step 22"}
+        (run / "diverged.json").write_text(json.dumps(lost | {"environment": {}}))
+        raise DivergedError("sparseopt seed 1: the loss is nan at step 22")
+
+    monkeypatch.setattr(reproduce.sweep, "train_sweep", train_sweep)
+    assert reproduce.main(words) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: sparseopt seed 1: the loss is nan")
+    line = "diverged: set-0.9-1epoch sparseopt seed 1: the loss is nan at step 22\n"
+    assert shown.out.count(line) == 2  # in the table, and in the report
+    assert "not finished" not in shown.out.lower()
+    record = json.loads((tmp_path / "cifar100-table.json").read_text())
+    assert record["missing"] == {}
+    assert record["diverged"] == {
+        "set-0.9-1epoch": [
+            {"method": "sparseopt", "seed": 1, "message": "the loss is nan at step 22"}
+        ]
+    }
+    own = {row["method"]: row["seeds"] for row in record["rows"] if row["setting"]}
+    assert own == {"sgd": [0, 1, 7], "sparseopt": [0]}
+    assert (tmp_path / "cifar100-table-figure.png").is_file()
+    assert list(json.loads((tmp_path / "summary.json").read_text())["settings"]) == [
+        "set-0.9-1epoch"
+    ]

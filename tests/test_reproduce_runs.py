@@ -10,6 +10,7 @@ import pytest
 
 from experiments import report, reproduce, train
 from experiments.paper import gradient_ratio, neuron_steps
+from experiments.paper.request import parse
 from tests.train_runs import sigterm_in_step, standard_promotion
 
 # Three steps of a small MLP on digits, with a topology update in the second.
@@ -27,33 +28,46 @@ def _promotion():
         yield
 
 
-@pytest.fixture(scope="module")
-def _few_programs():
-    """One program for SGD and one for SparseOpt, which stand in for all their variants.
+PLAIN = (
+    parse(["direction-only", *TINY, "--config.topology=static"])
+    .settings["own_norm-0.95-1epoch"]
+    .config
+)
 
-    What variants compute is tested with the optimizers; here it is how they are trained and shown.
+
+@pytest.fixture(scope="module")
+def programs():
+    """What `_few_programs` has compiled so far."""
+    return {}
+
+
+@pytest.fixture
+def _few_programs(programs, monkeypatch):
+    """One program for SGD and one for SparseOpt, which stand in for most of their variants.
+
+    HAM and rescaled gradients have their own. Masks are static: what variants of the topology
+    compute is tested with the optimizers, here it is how all of them are trained and shown.
     """
-    cache = {}
+    before = train.compile_model, train.compile_method
 
     def compile_model(config, dataset):
-        if "model" not in cache:
-            cache["model"] = before[0](config, dataset)
-        return cache["model"]
+        if "model" not in programs:
+            programs["model"] = before[0](PLAIN, dataset)
+        return programs["model"]
 
     def compile_method(config, dataset, model):
         (method,) = config.methods()
-        kind = {"ham": "sgd", "sparseopt_ham": "sparseopt"}.get(method, method)
-        if kind not in cache:
-            plain = dataclasses.replace(config, optimizer=kind, hessian_every=1)
-            cache[kind] = before[1](plain, dataset, model)
-        return cache[kind]
+        own = dataclasses.replace(config, topology="static")
+        if config.rescale == "none" and method in ("sgd", "sparseopt"):
+            own = dataclasses.replace(PLAIN.for_method(method), hessian_every=1)
+        key = json.dumps(dataclasses.asdict(own))
+        if key not in programs:
+            programs[key] = before[1](own, dataset, model)
+        return programs[key]
 
-    before = train.compile_model, train.compile_method
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train, neuron_steps):
-            patch.setattr(module, "compile_model", compile_model)
-            patch.setattr(module, "compile_method", compile_method)
-        yield
+    for module in (train, neuron_steps):
+        monkeypatch.setattr(module, "compile_model", compile_model)
+        monkeypatch.setattr(module, "compile_method", compile_method)
 
 
 def read_record(folder, name):
@@ -62,21 +76,24 @@ def read_record(folder, name):
 
 
 @pytest.mark.usefixtures("_few_programs")
-def test_a_table_in_parts_interrupted_and_finished(tmp_path, capsys):
+def test_a_table_in_parts_interrupted_and_finished(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "write_sweep_pictures", lambda *arguments: [])
     folder = tmp_path / "table"
     words = ["cifar100-table", f"--workdir={folder}", "--config.sparsity=0.9", *TINY]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "report_sweep", lambda folder: "report")
+        patch.setattr(report, "report_sweep", lambda folder, names: "report")
         assert reproduce.main([*words, "--settings=rigl-*"]) == 0
-    results = sorted(folder.glob("rigl-0.9-1epoch/runs/*/result.json"))
-    assert len(results) == 4
-    written = [path.read_bytes() for path in results]
-    capsys.readouterr()
-
-    with sigterm_in_step(2):
-        assert reproduce.main(words) == 143
+        results = sorted(folder.glob("rigl-0.9-1epoch/runs/*/result.json"))
+        assert len(results) == 4
+        written = [path.read_bytes() for path in results]
+        capsys.readouterr()
+        with sigterm_in_step(2):
+            assert reproduce.main(words) == 143
     shown = capsys.readouterr()
     assert "set-0.9-1epoch: 0 of 4" in shown.out
+    assert read_record(folder, "cifar100-table")["missing"] == {
+        "set-0.9-1epoch": {"finished": 0, "of": 4}
+    }
     assert re.search(r"RigL 0.9 sgd +paper", shown.out)
     assert "to continue: python -m experiments.reproduce cifar100-table" in shown.err
     assert f"--workdir={folder}" in shown.err
@@ -107,16 +124,14 @@ def test_a_table_in_parts_interrupted_and_finished(tmp_path, capsys):
     ("name", "words", "cells"),
     [
         ("imagenet-table", ["--settings=set-0.97-*", "--config.dtype=float32"], 2),
-        ("ham-table", ["--config.compare=ham,sparseopt_ham"], 2),
         ("itop", ["--config.sparsity=0.9"], 3),
-        ("direction-only", [], 5),
         ("normalisation", [], 4),
         ("hessian", ["--config.compare=sgd"], 1),
         ("factors", ["--settings=base,drop_fraction=0.5", "--config.eval_steps=0"], 4),
     ],
 )
 def test_every_sweep(name, words, cells, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "report_sweep", lambda folder: f"report of {folder}")
+    monkeypatch.setattr(report, "report_sweep", lambda folder, names: f"report of {folder}")
     assert reproduce.main([name, *TINY, "--seeds=1", *words, f"--workdir={tmp_path}"]) == 0
     record = read_record(tmp_path, name)
     filled = [row for row in record["rows"] if row["ours"] is not None]
@@ -127,16 +142,57 @@ def test_every_sweep(name, words, cells, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("_few_programs")
+@pytest.mark.parametrize(
+    ("name", "words", "arms"),
+    [
+        (
+            "direction-only",
+            [],
+            ["own_norm sgd", "own_norm sparseopt", "raw_norm sparseopt", "unit_norm sgd",
+             "unit_norm sparseopt"],
+        ),
+        (
+            "ham-table",
+            ["--config.ham_alpha=0.5"],
+            ["sgd", "sparseopt", "ham", "sparseopt_ham"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_arm_trains_in_its_own_way(name, words, arms, tmp_path, monkeypatch):
+    """From the same weights and batch, the steps of each program lead elsewhere."""
+    monkeypatch.setattr(report, "report_sweep", lambda folder, names: "report")
+    words = [*TINY, "--seeds=1", *words]
+    assert reproduce.main([name, *words, f"--workdir={tmp_path}"]) == 0
+    rows = [row for row in read_record(tmp_path, name)["rows"] if row["ours"] is not None]
+    assert [" ".join(filter(None, (row["variant"], row["method"]))) for row in rows] == arms
+    first, last = set(), set()
+    for row in rows:
+        folder = tmp_path / row["setting"] / "runs" / f"{row['method']}-seed0"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["kind"] == "train"]
+        assert [line["step"] for line in steps] == [1, 2, 3]
+        first.add(round(steps[0]["loss"], 4))
+        last.add(json.loads((folder / "result.json").read_text())["state_sha256"])
+    assert len(first) == 1
+    assert len(last) == len(arms)
+
+
+@pytest.mark.usefixtures("_few_programs")
 def test_the_two_that_are_no_sweeps(tmp_path, capsys, monkeypatch):
     smaller = functools.partial(
         gradient_ratio.measure, sparsities=(0.0, 0.5), batches=1, inits=("uniform",)
     )
+    monkeypatch.setattr(gradient_ratio, "NORMS", ("batch",))
     monkeypatch.setattr(gradient_ratio, "measure", smaller)
     words = ["--dataset=digits", "--seeds=1", "--config.hidden=8", f"--workdir={tmp_path}"]
     assert reproduce.main(["gradient-ratio", *words]) == 0
     found = read_record(tmp_path, "gradient-ratio")["found"]
-    assert [case["ratio"][0]["mean"] for case in found["cases"]] == [1, 1, 1]
+    assert [case["ratio"][0]["mean"] for case in found["cases"]] == [1]
     assert gradient_ratio.table(found) in capsys.readouterr().out
+    assert (tmp_path / "gradient-ratio-parts.json").is_file()
+    other = [word.replace("hidden=8", "hidden=9") for word in words]
+    assert reproduce.main(["gradient-ratio", *other]) == 2
+    assert "gradient-ratio-parts.json holds measurements with hidden=8" in capsys.readouterr().err
 
     words = ["steps-by-fan-in", *TINY, "--seeds=1", "--config.compare=sgd"]
     assert reproduce.main([*words, f"--workdir={tmp_path}"]) == 0

@@ -133,11 +133,11 @@ _ALL = (
         {"topology": _TOPOLOGIES, "sparsity": _SPARSITIES, "epochs": reported.IMAGENET.epochs},
         published=reported.IMAGENET,
         claims=(
-            "Training accuracy at 0.97 after 90 / 180 / 270 epochs, off curves: SparseOpt "
+            "training accuracy at 0.97 after 90 / 180 / 270 epochs, off curves: SparseOpt "
             + " / ".join(map(str, reported.TRAIN_ACCURACY["sparseopt"]))
             + " %, baseline "
             + " / ".join(map(str, reported.TRAIN_ACCURACY["sgd"]))
-            + " %.",
+            + " %",
         ),
         elsewhere=_ELSEWHERE,
     ),
@@ -149,7 +149,7 @@ _ALL = (
         _OPEN_CIFAR,
         {"topology": _TOPOLOGIES, "sparsity": _SPARSITIES, "epochs": _BUDGETS},
         published=reported.CIFAR100,
-        claims=("The paper's table is of RigL alone.",),
+        notes=("The paper's table is of RigL alone.",),
     ),
     Reproduction(
         "ham-table",
@@ -168,7 +168,7 @@ _ALL = (
         "gradient_ratio",
         Config(dataset="fashion_mnist", data_dir="data", model="mlp", seeds=10),
         dict.fromkeys(("dataset", "hidden", "batch_size", "seeds"), _OURS),
-        claims=("The paper's dataset is MNIST; --dataset=mnist takes that.",),
+        notes=("The paper's dataset is MNIST; --dataset=mnist takes that.",),
     ),
     Reproduction(
         "itop",
@@ -182,7 +182,7 @@ _ALL = (
             Variant("corrected", {"grow_by": "corrected_gradient", "compare": ("sparseopt",)}),
         ),
         published=reported.ITOP,
-        claims=("Growth by raw gradients is the default and the better choice.",),
+        claims=("growth by raw gradients is the default and the better choice",),
         elsewhere=_ELSEWHERE,
     ),
     Reproduction(
@@ -202,7 +202,7 @@ _ALL = (
             Variant("unit_norm", {"rescale": "unit_norm", "compare": ("sgd", "sparseopt")}),
         ),
         published=reported.CIFAR100,
-        claims=("With the corrected gradient at norm 1, SparseOpt still gains.",),
+        claims=("with the corrected gradient at norm 1, SparseOpt still gains",),
     ),
     Reproduction(
         "normalisation",
@@ -217,7 +217,7 @@ _ALL = (
             Variant("none", {"average_over": "none", "compare": ("sparseopt",)}),
         ),
         published=reported.CIFAR100,
-        claims=("The rule has s_avg over the layer.",),
+        claims=("the rule has s_avg over the layer",),
     ),
     Reproduction(
         "hessian",
@@ -226,7 +226,7 @@ _ALL = (
         dataclasses.replace(_CIFAR, compare=("dense", "sgd", "sparseopt"), hessian_every=1),
         _OPEN_ABLATION | {"hessian_every": _OURS},
         {"sparsity": (0.95,), "epochs": (100,)},
-        claims=(
+        notes=(
             "An earlier workshop paper of the authors reports larger gradient and Hessian norms in"
             " sparse nets with BN, further beyond 2 / learning rate, the edge of stability.",
         ),

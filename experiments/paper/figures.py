@@ -18,6 +18,7 @@ import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 
+from experiments.paper import reported
 from experiments.paper.side_by_side import label
 from experiments.reporting import plots
 from experiments.reporting.seed_statistics import half_width
@@ -25,7 +26,6 @@ from experiments.reporting.seed_statistics import half_width
 Row = Mapping[str, Any]
 
 _PAPER = "the paper's"
-_FURTHER_COLOURS = ("#CC79A7", "#009E73", "#56B4E9", "#000000")
 
 
 def budgets(
@@ -90,7 +90,9 @@ def _arm(row: Row) -> str:
 def _styles(rows: Sequence[Row]) -> dict[str, plots.Style]:
     """A style for each variant and method: the method's own for the first variant."""
     arms = {_arm(row): row for row in rows}
-    further = itertools.cycle(_FURTHER_COLOURS)
+    first = {row["method"] for row in rows if row["variant"] == rows[0]["variant"]}
+    taken = {plots.STYLES[method][0] for method in first}
+    further = itertools.cycle(color for color in plots.COLOURS.values() if color not in taken)
     styles = {}
     for name, row in arms.items():
         color, line = plots.STYLES[row["method"]]
@@ -127,13 +129,16 @@ def _epoch_axis(axes: matplotlib.axes.Axes, epochs: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
-def bars(rows: Sequence[Row], quantity: str, title: str) -> matplotlib.figure.Figure:
+def bars(
+    rows: Sequence[Row], quantity: str, title: str, published: reported.Table | None
+) -> matplotlib.figure.Figure:
     """A quantity by sparsity, a bar for each variant and method; the paper's are hatched.
 
     Args:
       rows: as `side_by_side.rows_of` makes them.
       quantity: name and unit.
       title: what was trained.
+      published: the paper's table that the rows have numbers of, if they have.
 
     Returns:
       The figure.
@@ -141,8 +146,8 @@ def bars(rows: Sequence[Row], quantity: str, title: str) -> matplotlib.figure.Fi
     lengths = sorted({row["epochs"] for row in rows if row["ours"] is not None})
     lengths = lengths or sorted({row["epochs"] for row in rows})
     sparsities, styles = sorted({row["sparsity"] for row in rows}), _styles(rows)
-    published = any(row["paper"] is not None for row in rows)
-    sides = ("ours", "paper") if published else ("ours",)
+    papers = [row["paper"] for row in rows if row["paper"] is not None]
+    sides = ("ours", "paper") if papers else ("ours",)
     figure, grid = _panels(1, len(lengths), width=2.2 + 1.3 * len(sparsities), height=3.6)
     width = 0.85 / (len(styles) * len(sides))
     for axes, epochs in zip(grid[0], lengths, strict=True):
@@ -169,8 +174,12 @@ def bars(rows: Sequence[Row], quantity: str, title: str) -> matplotlib.figure.Fi
     grid[0][0].set_ylabel(quantity)
     handles = [_handle(name, (style[0], "-"), width=6) for name, style in styles.items()]
     note = "ours: mean ± 1 standard deviation over seeds"
-    if published:
-        note += "; hatched: the paper's, ResNet-50 on ImageNet after 270 epochs, off a figure"
+    if papers and published is not None:
+        lengths_there = "/".join(map(str, published.epochs))
+        note += f"; hatched: {_PAPER}, {published.model} on {published.dataset} after"
+        note += f" {lengths_there} epochs" + (
+            ", off a figure" if any(cell["approximate"] for cell in papers) else ""
+        )
     return _finish(figure, title, handles, note)
 
 
@@ -225,12 +234,17 @@ def forest(differences: Sequence[Row], quantity: str, title: str) -> matplotlib.
       The figure; every seed is a dot, the mean a diamond.
     """
     rows = [row for row in differences if row["ours"] is not None]
+    pairs = [f"{row['of'][1]} - {row['minus'][1]}" for row in rows]
+    alike = len(set(pairs)) == 1
+    names = [row["setting"] for row in rows]
+    if not alike:
+        names = [f"{name}: {pair}" for name, pair in zip(names, pairs, strict=True)]
     height = 1.6 + 0.28 * len(rows)
     figure = matplotlib.figure.Figure(figsize=(7, height), dpi=150, layout="constrained")
     axes = figure.subplots()
-    color = plots.STYLES["sparseopt"][0]
-    for y, row in enumerate(rows):
-        found = row["ours"]
+    look = plots.styles(pairs)
+    for y, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+        found, color = row["ours"], look[pair][0]
         dots = found["differences"]
         axes.plot(dots, [y] * len(dots), "o", color=color, alpha=0.35, markersize=3)
         half = 0.0 if found["std"] is None else half_width(found["std"], found["n"])
@@ -238,9 +252,9 @@ def forest(differences: Sequence[Row], quantity: str, title: str) -> matplotlib.
             found["mean"], y, xerr=half, marker="D", markersize=4.5, capsize=3, color=color
         )
     axes.axvline(0, color="#777777", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"SparseOpt minus SGD: {quantity}")
+    axes.set_xlabel(f"{pairs[0] if alike else 'difference'}: {quantity}")
     axes.grid(axis="x", alpha=0.3)
     note = "diamond: mean and its 95 % confidence interval; dots: single seeds"
     return _finish(figure, title, [], note)

@@ -32,6 +32,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ import sparseopt_jax as sx
 from experiments import data
 from experiments.config import Config, ConfigError
 from experiments.paper import reported
-from experiments.reporting import seed_statistics
+from experiments.paper.kept import Kept
+from experiments.reporting import plots, seed_statistics, tables
 from sparseopt_jax import models
 
 SPARSITIES = tuple(round(0.1 * i, 1) for i in range(10))
@@ -64,8 +66,15 @@ _LABELS = {
     "layer": "layer normalisation",
     "none": "no normalisation",
 }
-# Three of the colours of `plots`: those that `plots.styles` gives to new names are pale for bands.
-_STYLES = {"batch": ("#0072B2", "-"), "layer": ("#E69F00", "--"), "none": ("#D55E00", "-.")}
+# Those that `plots.styles` gives to new names first are pale for bands.
+_STYLES = {
+    norm: (plots.COLOURS[color], line)
+    for norm, color, line in (
+        ("batch", "blue", "-"),
+        ("layer", "orange", "--"),
+        ("none", "vermilion", "-."),
+    )
+}
 _LAYER = "dense0"
 
 
@@ -75,6 +84,7 @@ def measure(
     batches: int = 4,
     inits: Sequence[str] = tuple(INITS),
     say: Callable[[str], object] = print,
+    keep: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Measures the ratio on the training images of a dataset, for each normalisation.
 
@@ -86,20 +96,23 @@ def measure(
       batches: batches of a seed; its ratio is the mean over them.
       inits: names of `INITS`; `table` and `figure` put the first one forward.
       say: called with a line of text for each case that is done.
+      keep: a file for the seeds of cases that are done, which are not measured again; None: none.
 
     Returns:
-      What can be written as JSON: `protocol`, `sparsities`, `theory` (1 / sqrt(1 - s)), and
-      `cases`, one for each initialisation and normalisation, with `init`, `norm`, and for every
-      sparsity in `ratio` and `norm_ratio`: `n`, `mean`, `std` (over seeds; None for one) and
-      `values` (by seed).
+      What can be written as JSON: `protocol`, `sparsities`, `theory` (1 / sqrt(1 - s)), `commits`
+      (of the code that measured), and `cases`, one for each initialisation and normalisation, with
+      `init`, `norm`, and for every sparsity in `ratio` and `norm_ratio`: `n`, `mean`, `std` (over
+      seeds; None for one) and `values` (by seed).
 
     Raises:
-      ConfigError: an argument is wrong, or the dataset cannot be loaded.
+      ConfigError: an argument is wrong, or the dataset cannot be loaded, or `keep` is of another
+        measurement.
       DataError: a file of the dataset is damaged.
     """
     _check(sparsities, batches, inits)
     plain = dataclasses.replace(config, augmentation="none", mesh_data=1, mesh_fsdp=1)
-    return measure_on(data.load(plain, say), plain, sparsities, batches, inits, say)
+    kept = Kept(keep, plain, {"sparsities": sparsities, "batches": batches})
+    return measure_on(data.load(plain, say), plain, sparsities, batches, inits, say, kept)
 
 
 def measure_on(
@@ -109,24 +122,31 @@ def measure_on(
     batches: int = 4,
     inits: Sequence[str] = tuple(INITS),
     say: Callable[[str], object] = print,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """As `measure`, on data that is loaded already."""
     _check(sparsities, batches, inits)
+    kept = Kept(None, config, {}) if kept is None else kept
     inputs = int(np.prod(dataset.image_shape))
     counts = [_active(inputs, config.hidden, sparsity) for sparsity in sparsities]
     seeds = range(config.seed, config.seed + config.seeds)
     cases: list[dict[str, Any]] = []
     programs = {norm: make_ratios(dataset, config.hidden, norm) for norm in NORMS}
     masks = jax.jit(functools.partial(_masks, shape=(inputs, config.hidden)))
+
+    def of_seed(init: str, norm: str, seed: int) -> list[list[float]]:
+        weights_key, mask_key = jax.random.split(jax.random.key(seed))
+        model = _model(dataset, config.hidden, norm, init)
+        variables = model.init(weights_key, jnp.zeros((1, inputs)), train=False)
+        nets = variables, masks(mask_key, np.array(counts, np.int32))
+        return _over_batches(programs[norm], nets, dataset, seed, batches).tolist()
+
     for init, norm in itertools.product(inits, NORMS):
-        by_seed = []
-        for seed in seeds:
-            weights_key, mask_key = jax.random.split(jax.random.key(seed))
-            model = _model(dataset, config.hidden, norm, init)
-            variables = model.init(weights_key, jnp.zeros((1, inputs)), train=False)
-            nets = variables, masks(mask_key, np.array(counts, np.int32))
-            by_seed.append(_over_batches(programs[norm], nets, dataset, seed, batches))
-        same, whole = (np.stack(values) for values in zip(*by_seed, strict=True))
+        by_seed = [
+            kept.part(f"{init} {norm} seed {seed}", functools.partial(of_seed, init, norm, seed))
+            for seed in seeds
+        ]
+        same, whole = np.array(by_seed, np.float64).swapaxes(0, 1)
         case = {
             "init": init,
             "norm": norm,
@@ -155,6 +175,7 @@ def measure_on(
         },
         "sparsities": [float(sparsity) for sparsity in sparsities],
         "theory": [float(1 / np.sqrt(1 - sparsity)) for sparsity in sparsities],
+        "commits": kept.commits,
         "cases": cases,
     }
 
@@ -245,7 +266,9 @@ def table(found: Mapping[str, Any]) -> str:
             published = reported.GRADIENT_RATIO.get(sparsity)
             lines.append(
                 f"{sparsity:8.2f}  {theory:11.3f}"
-                + "".join(f"  {_cell(case['ratio'][i]):>15}" for case in cases.values())
+                + "".join(
+                    f"  {tables.plus_minus(case['ratio'][i], 1, 3):>15}" for case in cases.values()
+                )
                 + f"  {f'{published:.2f}' if published else '':>9}".rstrip()
             )
         lines.append(_farthest(found, cases))
@@ -334,14 +357,14 @@ def _over_batches(
     dataset: data.Data,
     seed: int,
     batches: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both ratios of a seed, (sparsities,) each: means over its batches."""
+) -> np.ndarray:
+    """Both ratios of a seed, (2, sparsities): means over its batches."""
     source: Any = dataset.train_batches(seed, 0)
     with contextlib.closing(source):
         measured = [ratios(*nets, *batch) for batch in itertools.islice(source, batches)]
     # (batches, 2, sparsities)
-    same, whole = np.array(jax.device_get(measured), np.float64).mean(axis=0)
-    return same, whole
+    means: np.ndarray = np.array(jax.device_get(measured), np.float64).mean(axis=0)
+    return means
 
 
 @functools.cache
@@ -357,21 +380,11 @@ def _active(inputs: int, hidden: int, sparsity: float) -> int:
 
 def _describe(values: np.ndarray) -> list[dict[str, Any]]:
     """Statistics over seeds, for each sparsity, of an array (seeds, sparsities)."""
-    found = []
-    for column in values.T.tolist():
-        statistics = seed_statistics.describe(column)
-        found.append(
-            {"n": statistics.n, "mean": statistics.mean, "std": statistics.std, "values": column}
-        )
-    return found
+    return [seed_statistics.describe_given(column) for column in values.T.tolist()]
 
 
 def _cases(found: Mapping[str, Any], init: str) -> dict[str, Any]:
     return {case["norm"]: case for case in found["cases"] if case["init"] == init}
-
-
-def _cell(value: Mapping[str, Any]) -> str:
-    return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value["std"] is not None else "")
 
 
 def _farthest(found: Mapping[str, Any], cases: Mapping[str, Any]) -> str:

@@ -29,6 +29,8 @@ length; with `topology="static"` the slopes are free of that.
 from __future__ import annotations
 
 import contextlib
+import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +42,11 @@ import numpy as np
 
 import sparseopt_jax as sx
 from experiments import data, metrics
+from experiments.build import is_normalised
 from experiments.config import Config, ConfigError
+from experiments.paper.kept import Kept
 from experiments.programs import MethodPrograms, ModelPrograms, compile_method, compile_model
-from experiments.reporting import plots, seed_statistics
+from experiments.reporting import plots, seed_statistics, tables
 from experiments.run import total_steps
 from experiments.stepping import Stepper
 
@@ -62,9 +66,10 @@ Groups = Sequence[tuple[np.ndarray, np.ndarray]]
 
 def measure(
     config: Config,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] | None = None,
     say: Callable[[str], object] = print,
     min_fan_in: int = 2,
+    keep: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Trains every method and seed of a config up to the last of `steps`, measuring at each.
 
@@ -76,20 +81,22 @@ def measure(
 
     Args:
       config: of sparse methods, e.g. `compare=("sgd", "sparseopt")`.
-      steps: after how many training steps the next one is measured, ascending.
+      steps: after how many training steps the next one is measured, ascending; None: those of
+        `STEPS` that the run has.
       say: called with a line of text for each run that is done.
       min_fan_in: neurons with fewer active weights are left out; at least 1.
+      keep: a file for the runs that are done, which are not trained again; None: none.
 
     Returns:
       What can be written as JSON: `setting`, `steps`, `seeds`, `min_fan_in`, `layers` (that are
-      sparse and normalised), and `slopes`: by method and quantity (see `QUANTITIES`), for every
-      step in order `step`, `n`, `mean` and `std` over seeds (None where there is no slope, or no
-      second seed) and `values`, by seed; and `neurons`, by method, for every step how many there
-      were in the first seed.
+      sparse and normalised), `commits` (of the code that measured), and `slopes`: by method and
+      quantity (see `QUANTITIES`), for every step in order `step`, `n`, `mean` and `std` over seeds
+      (None where there is no slope, or no second seed) and `values`, by seed; and `neurons`, by
+      method, for every step how many there were in the first seed.
 
     Raises:
-      ConfigError: `steps` does not fit the run, `min_fan_in` is below 1, or a method is dense; or
-        as `data.load`.
+      ConfigError: `steps` does not fit the run, `min_fan_in` is below 1, a method is dense, or
+        `keep` is of another measurement; or as `data.load`.
       DataError: a file of the dataset is damaged.
     """
     if "dense" in config.methods():
@@ -101,24 +108,36 @@ def measure(
     if isinstance(min_fan_in, bool) or not isinstance(min_fan_in, int) or min_fan_in < 1:
         raise ConfigError(f"min_fan_in={min_fan_in!r} must be an integer of at least 1")
     dataset = data.load(config, say)
-    _check_steps(steps, total_steps(config, dataset))
+    total = total_steps(config, dataset)
+    steps = [step for step in STEPS if step < total] if steps is None else steps
+    _check_steps(steps, total)
+    kept = Kept(keep, config, {"steps": steps, "min_fan_in": min_fan_in})
     model = compile_model(config, dataset)
-    layers = [path for path in model.layers if _is_normalised(path)]
+    layers = [path for path in model.layers if is_normalised(path)]
     seeds = range(config.seed, config.seed + config.seeds)
     slopes: dict[str, Any] = {}
     neurons: dict[str, Any] = {}
-    gradient = None
+    gradients: list[Callable[..., Any]] = []  # one: all methods have the same loss
+
+    @functools.cache
+    def compiled(method: str) -> MethodPrograms:
+        return compile_method(config.for_method(method), dataset, model)
+
+    def train(method: str, seed: int) -> list[dict[str, Any]]:
+        programs = compiled(method)
+        if not gradients:
+            gradients.append(jax.jit(jax.grad(programs.functions.loss, has_aux=True)))
+        return _run(model, programs, gradients[0], dataset, seed, steps, layers, min_fan_in)
+
     for method in config.methods():
-        programs = compile_method(config.for_method(method), dataset, model)
-        if gradient is None:  # all methods have the same loss
-            gradient = jax.jit(jax.grad(programs.functions.loss, has_aux=True))
         runs = []
         for seed in seeds:
-            runs.append(_run(model, programs, gradient, dataset, seed, steps, layers, min_fan_in))
+            of_run = functools.partial(train, method, seed)
+            runs.append(kept.part(f"{method} seed {seed}", of_run))
             say(f"steps by fan-in: {method} seed {seed}, {steps[-1] + 1} steps, done")
         slopes[method] = {
             name: [
-                {"step": step} | _describe([run[i][name] for run in runs])
+                {"step": step} | seed_statistics.describe_given([run[i][name] for run in runs])
                 for i, step in enumerate(steps)
             ]
             for name in QUANTITIES
@@ -138,6 +157,7 @@ def measure(
         "layers": layers,
         "slopes": slopes,
         "neurons": neurons,
+        "commits": kept.commits,
     }  # fmt: skip
 
 
@@ -231,7 +251,7 @@ def table(found: Mapping[str, Any]) -> str:
     for name, words in QUANTITIES.items():
         lines += ["", words, f"{'after step':>10}" + "".join(f"  {m:>15}" for m in slopes)]
         for i, step in enumerate(found["steps"]):
-            cells = (_cell(slopes[method][name][i]) for method in slopes)
+            cells = (tables.plus_minus(slopes[method][name][i], 1, 3, "+") for method in slopes)
             lines.append(f"{step:10d}" + "".join(f"  {cell:>15}" for cell in cells))
     return "\n".join(lines)
 
@@ -326,27 +346,6 @@ def _slopes(layers: Any) -> dict[str, Any]:
                 [(np.log(values["fan_in"]), np.log(values[name])) for values in measured]
             )
     return found
-
-
-def _is_normalised(path: str) -> bool:
-    """Whether a normalisation follows the layer: all of these models' but the head."""
-    return not path.startswith("head/")
-
-
-def _describe(values: Sequence[float | None]) -> dict[str, Any]:
-    given = [value for value in values if value is not None]
-    if not given:
-        return {"n": 0, "mean": None, "std": None, "values": list(values)}
-    statistics = seed_statistics.describe(given)
-    return {
-        "n": statistics.n, "mean": statistics.mean, "std": statistics.std, "values": list(values)
-    }  # fmt: skip
-
-
-def _cell(cell: Mapping[str, Any]) -> str:
-    if cell["mean"] is None:
-        return "-"
-    return f"{cell['mean']:+.3f}" + (f" ± {cell['std']:.3f}" if cell["std"] is not None else "")
 
 
 def _check_steps(steps: Sequence[int], total: int) -> None:

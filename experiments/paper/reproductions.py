@@ -36,10 +36,17 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One config of a reproduction, and which variant it belongs to."""
+    """One config of a reproduction.
+
+    Attributes:
+      variant: which variant it belongs to.
+      config: what to train.
+      same: names of the settings that would train the same, and are left out.
+    """
 
     variant: str
     config: Config
+    same: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Reproduction:
       axes: values of the fields that it goes through in all combinations.
       variants: the further changes.
       published: the paper's numbers, if there are any.
-      claims: what else the paper's text says of it.
+      claims: what else the paper says of it; each goes on a sentence that begins so.
+      notes: what we say of it.
       elsewhere: base and left_open on any other dataset than the paper's, where that needs others.
     """
 
@@ -68,6 +76,7 @@ class Reproduction:
     variants: tuple[Variant, ...] = (Variant(),)
     published: reported.Table | None = None
     claims: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     elsewhere: tuple[Config, Mapping[str, str]] | None = None
 
     def on(self, dataset: str) -> Reproduction:
@@ -101,8 +110,9 @@ def settings_of(
       patterns: names of settings to keep, with * and ? as in a shell; none: all.
 
     Returns:
-      Settings by name. Dense training, which masks do not touch, is a setting of its own where
-      there are several sparsities or topologies.
+      Settings by name. Dense training, which masks do not touch, is a setting of its own where the
+      whole reproduction has several sparsities or topologies. Of settings that an override makes
+      the same, the first is left, and the names of the others are its `same`.
 
     Raises:
       ConfigError: an override does not fit the reproduction or its other fields, or a pattern
@@ -131,10 +141,12 @@ def settings_of(
                 config = _with_shorter_warmup(reproduction, config)
             parts = [variant.name.format(epochs=config.epochs), *map(_part, point.items())]
             found["-".join(filter(None, parts))] = Setting(parts[0], config)
+    whole = tuple(found.values())
     if varied:
         found = _narrowed(reproduction, found, overrides)
-    found = _dense_apart(found)
-    return _matching(reproduction, found, patterns)
+    if _has_several_masks(reproduction):
+        found = _dense_apart(found, whole)
+    return _matching(reproduction, _once(found), patterns)
 
 
 def _with_shorter_warmup(reproduction: Reproduction, config: Config) -> Config:
@@ -196,17 +208,31 @@ def _narrowed(
     return settings
 
 
-def _dense_apart(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Dense training once for each length, not once more for each topology and sparsity."""
-    groups = {(one.config.topology, one.config.sparsity) for one in settings.values()}
-    if len(groups) == 1 or not all("dense" in one.config.compare for one in settings.values()):
+def _has_several_masks(reproduction: Reproduction) -> bool:
+    """Whether it has several sparsities or topologies, also where a command takes one of them."""
+    return any(len(reproduction.axes.get(field, ())) > 1 for field in ("topology", "sparsity"))
+
+
+def _dense_apart(settings: dict[str, Setting], whole: Sequence[Setting]) -> dict[str, Setting]:
+    """Dense training once for each length, not once more for each topology and sparsity.
+
+    Args:
+      settings: those asked for.
+      whole: those of the whole reproduction. Dense training has the config of the first of a
+        length, so that it is the same whichever are asked for.
+
+    Returns:
+      Settings of dense training, and then the others.
+    """
+    if not all("dense" in one.config.compare for one in settings.values()):
         return settings
+    lengths = {one.config.epochs for one in settings.values()}
     found: dict[str, Setting] = {}
-    for one in settings.values():
-        name = f"dense-{_part(('epochs', one.config.epochs))}"
-        found.setdefault(
-            name, Setting(one.variant, dataclasses.replace(one.config, compare=("dense",)))
-        )
+    for one in whole:
+        if one.config.epochs in lengths:
+            config = dataclasses.replace(one.config, compare=("dense",))
+            name = f"dense-{_part(('epochs', config.epochs))}"
+            found.setdefault(name, Setting(one.variant, config))
     for name, one in settings.items():
         sparse = tuple(method for method in one.config.compare if method != "dense")
         if sparse:
@@ -215,11 +241,28 @@ def _dense_apart(settings: dict[str, Setting]) -> dict[str, Setting]:
     return found
 
 
+def _once(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Settings without those that have the config of an earlier one."""
+    first: dict[Config, str] = {}
+    found: dict[str, Setting] = {}
+    for name, one in settings.items():
+        kept = first.setdefault(one.config, name)
+        if kept == name:
+            found[name] = one
+        else:
+            found[kept] = dataclasses.replace(found[kept], same=(*found[kept].same, name))
+    return found
+
+
 def _matching(
     reproduction: Reproduction, settings: dict[str, Setting], patterns: Sequence[str]
 ) -> dict[str, Setting]:
+    def matches(name: str, pattern: str) -> bool:
+        names = (name, *settings[name].same)
+        return any(fnmatch.fnmatchcase(one, pattern) for one in names)
+
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in settings):
+        if not any(matches(name, pattern) for name in settings):
             raise ConfigError(
                 f"--settings={pattern}: {reproduction.name} has no such setting."
                 f"{command_line.closest(pattern, settings)}\nSettings: {', '.join(settings)}"
@@ -227,5 +270,5 @@ def _matching(
     return {
         name: one
         for name, one in settings.items()
-        if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if not patterns or any(matches(name, pattern) for pattern in patterns)
     }

@@ -20,6 +20,8 @@ _SHORT = ("dataset", "data_dir", "seeds")
 
 _ARGUMENTS = ("--workdir", "--epochs", "--settings", *(f"--{name}" for name in _SHORT))
 
+_FOLDERS = ("--workdir=", "--data_dir=", "--config.data_dir=")
+
 _OF_RATIO = (
     "dataset", "data_dir", "train_split", "test_split", "label", "pool", "hidden", "batch_size",
     "seed", "seeds",
@@ -48,6 +50,11 @@ class Request:
     def command(self) -> str:
         """The command that asks for the same."""
         return f"python -m experiments.reproduce {shlex.join(self.words)}"
+
+    def published_command(self) -> str:
+        """The same for a reader elsewhere: without this machine's folders."""
+        words = [word for word in self.words if not word.startswith(_FOLDERS)]
+        return f"python -m experiments.reproduce {shlex.join(words)}"
 
 
 def _parser() -> command_line.Parser:
@@ -118,14 +125,13 @@ def parse(argv: Sequence[str]) -> Request:
     if "epochs" in overrides:
         epochs = (overrides.pop("epochs"),)
     reproduction = reproduction.on(overrides.get("dataset", reproduction.base.dataset))
+    typed_words = {name: f"--{name}={text}" for name, text in typed.items()}
+    typed_words |= {name: f"--config.{name}={text}" for name, text in texts.items()}
+    if reproduction.shows == "gradient_ratio":
+        _check_of_ratio(reproduction, typed_words)
     settings = _settings(reproduction, overrides, epochs, typed.get("settings"))
     workdir = pathlib.Path(given.workdir or f"runs/{reproduction.name}")
-    words = (
-        reproduction.name,
-        *(f"--{name}={text}" for name, text in typed.items()),
-        *(f"--config.{name}={text}" for name, text in texts.items()),
-        f"--workdir={workdir}",
-    )
+    words = (reproduction.name, *typed_words.values(), f"--workdir={workdir}")
     if epochs is not None:
         overrides["epochs"] = epochs
     return Request(reproduction, settings, overrides, workdir, words)
@@ -163,13 +169,20 @@ def _settings(
     name = reproduction.name
     if reproduction.shows not in QUANTITIES and patterns is not None:
         raise ConfigError(f"--settings={patterns}: {name} has one setting; leave it out")
-    if reproduction.shows == "gradient_ratio":
-        useless = [field for field in overrides if field not in _OF_RATIO]
-        if epochs is not None or useless:
-            field = "epochs" if epochs is not None else useless[0]
-            raise ConfigError(
-                f"--config.{field}: {name} is measured before any training, and takes"
-                f" {', '.join(_OF_RATIO)} only"
-            )
     chosen = [] if patterns is None else [part for part in patterns.split(",") if part]
     return settings_of(reproduction, overrides, epochs, chosen)
+
+
+def _check_of_ratio(reproduction: Reproduction, typed: Mapping[str, str]) -> None:
+    """Raises ConfigError where a field is given that the gradient ratio has no use for.
+
+    Args:
+      reproduction: that of the gradient ratio.
+      typed: the words of the command line, by what they give.
+    """
+    for name, word in typed.items():
+        if name not in _OF_RATIO and name != "settings":
+            raise ConfigError(
+                f"{word}: {reproduction.name} is measured before any training, and takes"
+                f" {', '.join(_OF_RATIO)} only"
+            )

@@ -14,14 +14,12 @@ import numpy as np
 from experiments.config import SPECS
 from experiments.paper import reported
 from experiments.paper.reproductions import Reproduction, Setting
-from experiments.reporting import seed_statistics
-from experiments.reporting.finished_runs import Run
+from experiments.reporting import seed_statistics, tables
+from experiments.reporting.finished_runs import COMPARED, Run
 
 Row = dict[str, Any]
 
-PAIRS = {"sparseopt": "sgd", "sparseopt_ham": "ham"}
-"""Methods that are compared, seed by seed, with another one."""
-
+_PAIRS = dict(COMPARED)
 _NOT_PUBLISHED = ("average_over", "correct", "rescale", "fan_in_spread", "init")
 """Fields that the paper's tables have at their defaults, as far as it says."""
 
@@ -164,7 +162,7 @@ def _published(reproduction: Reproduction, key: reported.Key | None, epochs: int
 
 
 def differences_of(rows: Sequence[Row]) -> list[Row]:
-    """The differences between methods of `PAIRS`, paired by seed, and the paper's beside them.
+    """The differences between methods of `COMPARED`, by seed, and the paper's beside them.
 
     A method is compared with the other one of its own variant, or with that of the first variant
     that has one, at the same topology, sparsity and length.
@@ -176,9 +174,9 @@ def differences_of(rows: Sequence[Row]) -> list[Row]:
     """
     found = []
     for row in rows:
-        if row["method"] not in PAIRS:
+        if row["method"] not in _PAIRS:
             continue
-        others = [other for other in rows if other["method"] == PAIRS[row["method"]]]
+        others = [other for other in rows if other["method"] == _PAIRS[row["method"]]]
         others = [one for one in others if _where(one) == _where(row)]
         own = [other for other in others if other["variant"] == row["variant"]]
         if not others:
@@ -271,7 +269,7 @@ def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
         column = row["method"] if by_method else row["epochs"]
         published = "-" if row["paper"] is None else str(reported.Cell(**row["paper"]))
         cells.setdefault(name, {})[column] = (published, _mean(row["ours"], quantity.digits))
-    lines = [[quantity.name, "", *columns.values()]]
+    lines = []
     for name, of_name in cells.items():
         found = [of_name.get(column, ("-", "-")) for column in columns]
         papers, ours = ([cell[i] for cell in found] for i in (0, 1))
@@ -279,14 +277,16 @@ def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
             lines.append([name, "paper", *papers])
             name = ""
         lines.append([name, "ours", *ours])
-    return aligned(lines) + "\nours: mean ± sample standard deviation over seeds (how many seeds)"
+    text = tables.columns((quantity.name, "", *columns.values()), lines, left=2, longest=_LONGEST)
+    return text + "\nours: mean ± sample standard deviation over seeds (how many seeds)"
+
+
+_LONGEST = 46
+"""Characters that a first column may have: a pair of methods of two variants."""
 
 
 def _mean(ours: Mapping[str, Any] | None, digits: int) -> str:
-    if ours is None:
-        return "-"
-    spread = "" if ours["std"] is None else f" ± {ours['std']:.{digits}f}"
-    return f"{ours['mean']:.{digits}f}{spread} ({ours['n']})"
+    return "-" if ours is None else f"{tables.plus_minus(ours, 1, digits)} ({ours['n']})"
 
 
 def difference_table(reproduction: Reproduction, differences: Sequence[Row]) -> str:
@@ -294,7 +294,7 @@ def difference_table(reproduction: Reproduction, differences: Sequence[Row]) -> 
     quantity = QUANTITIES[reproduction.shows]
     digits, published = quantity.digits, reproduction.published is not None
     head = [quantity.of_difference, "epochs", "paper", "ours", "95 % CI", "p", "n"]
-    lines = [head if published else [word for word in head if word != "paper"]]
+    lines = []
     order = list(dict.fromkeys(map(_arm_of, differences)))
     for row in sorted(differences, key=lambda row: order.index(_arm_of(row))):
         ours = row["ours"] or {"mean": None, "ci95": None, "p": None, "n": 0}
@@ -307,19 +307,15 @@ def difference_table(reproduction: Reproduction, differences: Sequence[Row]) -> 
         line = [name, str(row["epochs"])]
         if published:
             line.append(_published_difference(row, digits))
-        line.append("-" if ours["mean"] is None else f"{ours['mean']:+.{digits}f}")
-        bounds = ours["ci95"]
-        line.append("-" if bounds is None else "[{:+.{d}f}, {:+.{d}f}]".format(*bounds, d=digits))
-        line.append("-" if ours["p"] is None else f"{ours['p']:.3g}")
-        lines.append([*line, str(ours["n"])])
-    limit = seed_statistics.SIGNIFICANT
-    ours_alone = [row for row in differences if row["ours"] is not None]
-    return (
-        aligned(lines)
-        + "\nours: mean of the differences paired by seed, its interval by Student's t, two-sided p"
-        + f" of the paired\nt-test; below {limit:g} we call it a difference. Comparisons made here:"
-        + f" {len(ours_alone)}; p is not\ncorrected for their number."
-    )
+        mean = "-" if ours["mean"] is None else f"{ours['mean']:+.{digits}f}"
+        interval, p = tables.interval(ours, 1, digits), tables.p_value(ours["p"])
+        lines.append([*line, mean, interval, p, str(ours["n"])])
+    header = head if published else [word for word in head if word != "paper"]
+    notes = [
+        "ours: mean of the differences paired by seed, and its interval by Student's t.",
+        *tables.about_p([row["ours"] for row in differences]),
+    ]
+    return "\n".join([tables.columns(header, lines, longest=_LONGEST), *notes])
 
 
 def _arm_of(row: Row) -> tuple[Any, ...]:
@@ -340,24 +336,12 @@ def curve_table(curves: Sequence[Row], at_most: int = 12) -> str:
         epochs = sorted({row["epoch"] for row in rows})
         chosen = np.unique(np.linspace(0, len(epochs) - 1, min(at_most, len(epochs))).round())
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        lines = [[f"{setting}: epoch", *methods, "2 / learning rate"]]
+        lines = []
         for epoch in (epochs[int(index)] for index in chosen):
             found = {row["method"]: row for row in rows if row["epoch"] == epoch}
             means = [_mean(found[one]["ours"], 1) if one in found else "-" for one in methods]
             limit = next(iter(found.values()))["two_over_rate"]
             lines.append([f"{epoch:.3g}", *means, f"{limit:.4g}"])
-        parts.append(aligned(lines))
+        header = (f"{setting}: epoch", *methods, "2 / learning rate")
+        parts.append(tables.columns(header, lines, longest=_LONGEST))
     return "\n\n".join(parts)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first, and one of words alone, to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = [all(not any(map(str.isdigit, cell)) for cell in column) for column in zip(*lines)]  # noqa: B905
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 or word else cell.rjust(width)
-            for i, (cell, width, word) in enumerate(zip(line, widths, words, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -4,6 +4,9 @@ A sweep is several settings under one folder, each trained in a work folder of i
 
     sweep.json             {"name": ..., "settings": [...]}: its name, and its settings in order
     SETTING/               a work folder, as `workdir.py` describes it; SETTING may have a slash
+
+A run that diverged in a sweep has `diverged.json` instead of a result: nothing of it is
+left to do, but it is in no statistics.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from experiments.config import ConfigError
+from experiments.config import SPECS, ConfigError
 from experiments.metrics import read_json
 
 COMPARED = (("sparseopt", "sgd"), ("sparseopt_ham", "ham"))
@@ -79,19 +82,51 @@ def load_runs(workdir: str | os.PathLike[str]) -> list[Run]:
         raise ConfigError(f"{workdir} has no config.json: it is not the folder of a run")
     runs = _finished(folder)
     if not runs:
-        raise ConfigError(f"{workdir} has no finished run yet")
+        raise ConfigError(f"{workdir} has no finished run yet{_and_diverged([folder])}")
     return runs
 
 
 def _finished(folder: pathlib.Path) -> list[Run]:
     runs = [load_run(path.parent) for path in folder.glob("runs/*/result.json")]
+    return sorted(runs, key=lambda run: _position(run.config, run.result))
 
-    def position(run: Run) -> tuple[int, str, int]:
-        method, order = run.result["method"], list(run.config.get("compare", ()))
-        place = order.index(method) if method in order else len(order)
-        return place, method, run.result["seed"]
 
-    return sorted(runs, key=position)
+def _position(config: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[int, str, int]:
+    """Where a run comes among those of its folder: by method, in the config's order, and seed."""
+    method, order = run["method"], list(config.get("compare", ()))
+    return order.index(method) if method in order else len(order), method, run["seed"]
+
+
+def diverged(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The runs of a work folder that diverged in a sweep.
+
+    Returns:
+      `method`, `seed` and `message` of each, by method and seed. The message is the first line of
+      what was said, without the run's name and advice.
+    """
+    folder = pathlib.Path(workdir)
+    found = [
+        {"method": content["method"], "seed": content["seed"], "message": _first_line(content)}
+        for path in folder.glob("runs/*/diverged.json")
+        if not (path.parent / "result.json").exists()
+        for content in [read_json(path)]
+    ]
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return sorted(found, key=lambda run: _position(config, run))
+
+
+def _first_line(content: Mapping[str, Any]) -> str:
+    line = (content["message"].splitlines() or [""])[0]
+    return str(line).removeprefix(f"{content['method']} seed {content['seed']}: ").rstrip(".")
+
+
+def _and_diverged(folders: Iterable[pathlib.Path]) -> str:
+    """What an error about missing results adds where runs diverged."""
+    runs = [run for folder in folders for run in diverged(folder)]
+    if not runs:
+        return ""
+    first = f"{runs[0]['method']} seed {runs[0]['seed']}: {runs[0]['message']}"
+    return f"; {len(runs)} diverged, the first of them {first}"
 
 
 def is_sweep(folder: str | os.PathLike[str]) -> bool:
@@ -157,40 +192,74 @@ def load_sweep(folder: str | os.PathLike[str]) -> dict[str, list[Run]]:
     Raises:
       ConfigError: `sweep.json` is damaged, or no run of any setting is finished.
     """
-    path = pathlib.Path(folder)
-    found = {name: _finished(path / name) for name in setting_names(folder)}
-    sweep = {name: runs for name, runs in found.items() if runs}
+    path, names = pathlib.Path(folder), setting_names(folder)
+    sweep = load_settings(path, names)
     if not sweep:
         raise ConfigError(
-            f"{folder} has no finished run yet, in any of its settings: {', '.join(found)}"
+            f"{folder} has no finished run yet, in any of its settings: {', '.join(names)}"
+            f"{_and_diverged(path / name for name in names)}"
         )
     return sweep
 
 
+def load_settings(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, list[Run]]:
+    """The finished runs of some settings, for those that have some, whatever `sweep.json` says.
+
+    Args:
+      folder: that of a sweep.
+      names: of settings; their folders may not be there yet.
+
+    Returns:
+      Setting -> its runs by method and seed; settings in the order of `names`.
+    """
+    found = {name: _finished(pathlib.Path(folder) / name) for name in names}
+    return {name: runs for name, runs in found.items() if runs}
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How many runs of a setting are finished, and how many there are to be.
+    """How many of the runs of a setting's config are finished.
 
-    `expected` is None where there is no config yet.
+    Attributes:
+      finished: how many have a result.
+      expected: how many the config has; None where there is no config yet.
+      diverged: how many have none, since they diverged.
     """
 
     finished: int
     expected: int | None
+    diverged: int = 0
 
     def complete(self) -> bool:
         """Whether nothing is missing."""
-        return self.expected is not None and self.finished >= self.expected
+        return self.expected is not None and self.finished + self.diverged >= self.expected
 
 
 def progress(workdir: str | os.PathLike[str]) -> Progress:
-    """Counts the finished runs of a work folder, which may not be there yet."""
+    """Counts the runs of a work folder, which may not be there yet.
+
+    Where there is a config, these are the runs that it has: its methods with its seeds. The folder
+    may hold others.
+    """
     folder = pathlib.Path(workdir)
-    finished = len(list(folder.glob("runs/*/result.json")))
+    finished = {path.parent.name for path in folder.glob("runs/*/result.json")}
+    lost = {f"{run['method']}-seed{run['seed']}" for run in diverged(folder)}
     if not (folder / "config.json").is_file():
-        return Progress(finished, None)
-    config = read_json(folder / "config.json")
-    methods = len(config.get("compare", ())) or 1
-    return Progress(finished, methods * config.get("seeds", 1))
+        return Progress(len(finished), None, len(lost))
+    expected = _expected(read_json(folder / "config.json"))
+    return Progress(len(expected & finished), len(expected), len(expected & lost))
+
+
+def _expected(config: Mapping[str, Any]) -> set[str]:
+    """Folders of the runs that a config, as JSON has it, asks for; see `Config.runs`."""
+    fields = {name: SPECS[name].default for name in ("topology", "optimizer", "seed", "seeds")}
+    fields |= config
+    single = "dense" if fields["topology"] == "dense" else fields["optimizer"]
+    return {
+        f"{method}-seed{seed}"
+        for method in fields.get("compare") or (single,)
+        for seed in range(fields["seed"], fields["seed"] + fields["seeds"])
+    }
 
 
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -221,8 +290,8 @@ def early_train_loss(run: Run) -> float | None:
 def late_train_loss(run: Run) -> float | None:
     """Mean training loss over the last tenth of a run's steps.
 
-    As in `early_train_loss`; a line that begins before the tenth is left out. Where all do, it is
-    that of the last line.
+    As in `early_train_loss`; a line that begins before the tenth is left out. Where all do, since
+    the last one spans more than a tenth, it is that of the last line.
 
     Returns:
       The mean; None where the log has no line of the training.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,13 @@ import matplotlib.figure
 import numpy as np
 
 from experiments.reporting import plots
-from experiments.reporting.finished_runs import COMPARED, Run, by_method, training_flops
+from experiments.reporting.finished_runs import (
+    COMPARED,
+    Run,
+    by_method,
+    late_train_loss,
+    training_flops,
+)
 from experiments.reporting.plots import Curve, Point
 
 _TOPOLOGIES = {"rigl": "RigL", "set": "SET", "static": "static masks", "dense": "dense"}
@@ -64,8 +72,9 @@ def write_sweep_pictures(
 
     Returns:
       Paths of `curves.png` (test accuracy), `loss.png`, `difference_accuracy.png`,
-      `difference_loss.png`, `itop.png` and `flops.png`, each only where it has data. Those with
-      more than 12 settings go on in `curves-2.png` and so on.
+      `difference_loss.png`, `itop.png`, `skew_norm.png` and `skew_angle.png` (what SparseOpt's
+      factors do, or would do, to the gradient), `flops.png` and `flops_loss.png`, each only where
+      it has data. Those with more than 12 settings go on in `curves-2.png` and so on.
     """
     figures: dict[str, matplotlib.figure.Figure] = {}
 
@@ -95,9 +104,15 @@ def write_sweep_pictures(
         band="ci95",
     )
     draw("itop", lambda runs: _curves(runs, "train", "itop_rate"), "ITOP rate R_m")
-    panels = _flops(sweep)
-    if panels:
-        figures["flops.png"] = plots.flops(panels, "test accuracy (%)", title)
+    draw("skew_norm", lambda runs: _skews(runs, "norm_ratio"), _SKEWS["norm_ratio"])
+    draw("skew_angle", lambda runs: _skews(runs, "angle", 180 / math.pi), _SKEWS["angle"])
+    for name, find, ylabel in (
+        ("flops.png", _accuracy, "test accuracy (%)"),
+        ("flops_loss.png", late_train_loss, "training loss"),
+    ):
+        panels = _flops(sweep, find)
+        if panels:
+            figures[name] = plots.flops(panels, ylabel, title)
     return _save(figures, pathlib.Path(folder))
 
 
@@ -109,15 +124,44 @@ def _save(
     return [folder / name for name in figures]
 
 
+_SKEWS = {
+    "norm_ratio": "raw over corrected gradient:\nnorms, mean over layers",
+    "angle": "angle between corrected and raw\ngradient (degrees), mean over layers",
+}
+"""What `gradient_skew` of the diagnostics has, in words."""
+
+
 def _accuracies(runs: Iterable[Run]) -> dict[str, Curve]:
     return _curves(runs, "eval", "test_accuracy", 100)
 
 
+def _skews(runs: Iterable[Run], name: str, scale: float = 1) -> dict[str, Curve]:
+    """Angle or ratio of norms, the mean over the layers that have one, against epochs."""
+
+    def of_run(run: Run) -> dict[float, float]:
+        found = {}
+        for line in run.metrics:
+            layers = line.get("gradient_skew") or {}
+            values = [layer[name] for layer in layers.values() if layer[name] is not None]
+            if values:
+                found[line["epoch"]] = statistics.fmean(values)
+        return found
+
+    return _by_method(runs, of_run, scale)
+
+
 def _curves(runs: Iterable[Run], kind: str, name: str, scale: float = 1) -> dict[str, Curve]:
-    """One number of the log against epochs, by method, at the epochs that all its runs have."""
+    """One number of the log against epochs."""
+    return _by_method(runs, lambda run: _values(run, kind, name), scale)
+
+
+def _by_method(
+    runs: Iterable[Run], find: Callable[[Run], Mapping[float, float]], scale: float
+) -> dict[str, Curve]:
+    """What `find` has of each run by epoch: by method, at the epochs that all its runs have."""
     found = {}
     for method, group in by_method(runs).items():
-        curve = _stacked([_values(run, kind, name) for run in group], scale)
+        curve = _stacked([find(run) for run in group], scale)
         if curve is not None:
             found[method] = curve
     return found
@@ -155,25 +199,28 @@ def _differences(runs: Iterable[Run], kind: str, name: str, scale: float = 1) ->
     return found
 
 
-def _flops(sweep: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, list[list[Point]]]]:
-    """Ends of runs, a panel for each task and topology: method -> lines of points.
+def _flops(
+    sweep: Mapping[str, Sequence[Run]], find: Callable[[Run], float | None]
+) -> dict[str, dict[str, list[list[Point]]]]:
+    """What runs have at their end, a panel for each task and topology: method -> lines of points.
 
     Points of one method are a line where nothing but the length of the runs differs. Dense runs are
     in all panels of their task.
     """
     ends: dict[tuple[str, ...], dict[tuple[str, str], list[Point]]] = {}
     dense: dict[tuple[str, ...], dict[tuple[str, str], list[Point]]] = {}
+    of_length = _of_length()
     for runs in sweep.values():
         for method, group in by_method(runs).items():
             config = group[0].config
             sparse = method != "dense"
-            point = _end(group, f"{config['sparsity']:g}" if sparse else "")
+            point = _end(group, find, f"{config['sparsity']:g}" if sparse else "")
             if point is None:
                 continue
             task = _task(config)
             panel = (*task, _TOPOLOGIES[config["topology"] if sparse else "dense"])
             lines = ends.setdefault(panel, {}) if sparse else dense.setdefault(task, {})
-            same = _without(config, _LENGTH if sparse else (*_LENGTH, *_SPARSITY))
+            same = _without(config, of_length if sparse else (*of_length, *_SPARSITY))
             lines.setdefault((method, same), []).append(point)
     if not ends:
         ends = {(*task, _TOPOLOGIES["dense"]): {} for task in dense}
@@ -202,13 +249,18 @@ def _task(config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _end(group: Sequence[Run], label: str) -> Point | None:
+def _accuracy(run: Run) -> float | None:
+    found = run.result.get("test_accuracy")
+    return None if found is None else 100 * float(found)
+
+
+def _end(group: Sequence[Run], find: Callable[[Run], float | None], label: str) -> Point | None:
     counted = [training_flops(run) for run in group]
-    reached = [run.result.get("test_accuracy") for run in group]
+    reached = [find(run) for run in group]
     if None in counted or None in reached:
         return None
     flops = float(np.mean([pair[0] for pair in counted if pair is not None]))
-    return Point(flops, 100 * np.array(reached, dtype=float), label)
+    return Point(flops, np.array(reached, dtype=float), label)
 
 
 def _line(points: Sequence[Point]) -> list[Point]:
@@ -217,12 +269,15 @@ def _line(points: Sequence[Point]) -> list[Point]:
     return sorted(distinct.values(), key=lambda point: point.flops)
 
 
-_LENGTH = (
-    "epochs", "steps", "seed", "seeds", "compare", "data_dir", "loggers", "log_every",
-    "eval_every", "eval_steps", "diagnostics_every", "hessian_every", "checkpoint_every",
-    "keep_last", "keep_best",
-)  # fmt: skip
-"""Fields that may differ between settings of which one is the other, trained for longer."""
+def _of_length() -> tuple[str, ...]:
+    """Fields that may differ between settings of which one is the other, trained for longer."""
+    from experiments import workdir  # which imports the report, and so this module
+
+    return (
+        *workdir.MAY_CHANGE, "epochs", "steps", "seed", "log_every", "eval_every", "eval_steps",
+        "diagnostics_every", "hessian_every",
+    )  # fmt: skip
+
 
 _SPARSITY = (
     "sparsity", "distribution", "fan_in_spread", "init", "topology", "update_interval",

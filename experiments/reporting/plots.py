@@ -27,18 +27,22 @@ LineStyle = str | tuple[int, tuple[int, ...]]
 Style = tuple[str, LineStyle]
 """A colour and a line style."""
 
-# Colours that stay apart for colour-blind readers (M. Okabe and K. Ito, 2008), and a line style
-# of each method's own for prints without colour.
+COLOURS = {
+    "purple": "#CC79A7", "sky": "#56B4E9", "black": "#000000", "vermilion": "#D55E00",
+    "blue": "#0072B2", "green": "#009E73", "orange": "#E69F00",
+}  # fmt: skip
+"""Colours that stay apart for colour-blind readers (M. Okabe and K. Ito, 2008)."""
+
+# A line style of each method's own, for prints without colour.
 STYLES: dict[str, Style] = {
-    "dense": ("#000000", ":"),
-    "sgd": ("#D55E00", "--"),
-    "sparseopt": ("#0072B2", "-"),
-    "ham": ("#E69F00", "-."),
-    "sparseopt_ham": ("#009E73", (0, (5, 1, 1, 1, 1, 1))),
+    "dense": (COLOURS["black"], ":"),
+    "sgd": (COLOURS["vermilion"], "--"),
+    "sparseopt": (COLOURS["blue"], "-"),
+    "ham": (COLOURS["orange"], "-."),
+    "sparseopt_ham": (COLOURS["green"], (0, (5, 1, 1, 1, 1, 1))),
 }
 """Colour and line style by method."""
 
-_FURTHER_COLOURS = ("#CC79A7", "#56B4E9", "#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00")
 _FURTHER_LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _BEFORE = "#BBBBBB"
 
@@ -76,8 +80,8 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
       True
     """
     taken = set(STYLES.values())
-    steps = range(len(_FURTHER_COLOURS) * len(_FURTHER_LINES))
-    colours, lines = itertools.cycle(_FURTHER_COLOURS), itertools.cycle(_FURTHER_LINES)
+    steps = range(len(COLOURS) * len(_FURTHER_LINES))
+    colours, lines = itertools.cycle(COLOURS.values()), itertools.cycle(_FURTHER_LINES)
     # 7 colours and 5 lines have no common divisor: all 35 pairs come before one comes again.
     pairs = [(next(colours), next(lines)) for _ in steps]
     further = itertools.cycle([pair for pair in pairs if pair not in taken])
@@ -132,6 +136,8 @@ def curves(
             # A logarithmic axis has no room for a band that reaches 0.
             low = mean - spread if not log else np.maximum(mean - spread, mean / 10)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+            if len(x) == 1:  # a band of no width
+                axes.vlines(x, low, high, color=colour, alpha=0.5)
             # Accuracy climbs from chance in the first third; its axis shows what comes after.
             late = x >= x[-1] / 3 if top is not None else x <= x[-1]
             limits.append((low[late].min(), high[late].max(), mean.min(), mean.max()))
@@ -303,10 +309,21 @@ def flops(
             )  # fmt: skip
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.14)
+        _flops_axis(axes)
         axes.set_title(name, fontsize=8.5)
     note = "mean at the end ± 1 standard deviation; number: sparsity; equal FLOPs: side by side"
     _finish(figure, look, title, "FLOPs of one training run", ylabel, note)
     return figure
+
+
+def _flops_axis(axes: matplotlib.axes.Axes) -> None:
+    """A few numbers that can be read, whatever the range; and a range with some in it."""
+    low, high = axes.get_xlim()
+    wider = max(1.0, math.sqrt(4 * low / high))
+    axes.set_xlim(low / wider, high * wider)
+    subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 FanIn = Mapping[str, np.ndarray]

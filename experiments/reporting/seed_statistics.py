@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import scipy.stats
 
@@ -67,6 +68,26 @@ def describe(values: Sequence[float]) -> Statistics:
     std = statistics.stdev(values)
     half = half_width(std, n)
     return Statistics(n, mean, std, (mean - half, mean + half))
+
+
+def describe_given(values: Sequence[float | None]) -> dict[str, Any]:
+    """Statistics as JSON has them, of those values that are not None.
+
+    Args:
+      values: one a run.
+
+    Returns:
+      `n` (how many are not None), `mean` and `std` (None where there are too few), and `values`.
+
+    Example:
+      >>> describe_given([None, 1.0, 3.0])["mean"]
+      2.0
+    """
+    given = [value for value in values if value is not None]
+    if not given:
+        return {"n": 0, "mean": None, "std": None, "values": list(values)}
+    found = describe(given)
+    return {"n": found.n, "mean": found.mean, "std": found.std, "values": list(values)}
 
 
 def half_width(std: float, n: int) -> float:

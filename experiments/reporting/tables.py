@@ -57,13 +57,13 @@ def table(summary: Row) -> str:
         "± is the sample standard deviation over seeds; density is active over maskable",
         "weights. Differences on a few seeds of a small test set are mostly noise.",
     ]
-    return "\n".join([*lines, *_about_p([summary])])
+    return "\n".join([*lines, *about_p(_comparisons([summary]))])
 
 
 def _difference(row: Row, scale: float, digits: int) -> str:
     text = f"mean {plus_minus(row, scale, digits, '+')}"
     if row["ci95"] is not None:
-        text += f", 95 % confidence interval {_interval(row, scale, digits)} (Student's t)"
+        text += f", 95 % confidence interval {interval(row, scale, digits)} (Student's t)"
     text += f", n = {row['n']}"
     return text if row["p"] is None else f"{text}, p = {p_value(row['p'])}".replace("= <", "< ")
 
@@ -95,12 +95,14 @@ def sweep_tables(summary: Row) -> str:
                 )
     notes = [
         "± is the sample standard deviation over seeds, CI the 95 % confidence interval of a mean",
-        "(Student's t). Training loss: mean over the last tenth of the steps. R_m:",
-        "share of the weights that were ever active. FLOPs: of one training run; x dense: over a",
-        "dense run of as many steps.",
+        "(Student's t). Training loss: mean over the last tenth of the steps, or of the log's last",
+        "line where that is longer. R_m: share of the weights that were ever active. FLOPs: of one",
+        "training run; x dense: over a dense run of as many steps.",
     ]
-    parts.append("\n".join([*notes, *_about_p(list(settings.values()))]))
+    parts.append("\n".join([*notes, *about_p(_comparisons(list(settings.values())))]))
     parts += _environment(summary["environment"])
+    if summary["diverged"]:
+        parts.append(diverged(summary["diverged"]))
     if summary["unfinished"]:
         parts.append(unfinished(summary["unfinished"]))
     return "\n\n".join(parts)
@@ -143,23 +145,26 @@ def _differences(rows: Mapping[str, Row], scale: float, digits: int) -> str:
             name,
             str(row["n"]),
             plus_minus(row, scale, digits, "+"),
-            "-" if row["ci95"] is None else _interval(row, scale, digits),
-            "-" if row["p"] is None else p_value(row["p"]),
+            interval(row, scale, digits),
+            p_value(row["p"]),
         )
         for name, row in rows.items()
     ]
     return columns(("setting", "n", "difference", "95 % CI", "p"), body)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, longest: int = 32
+) -> str:
     """Text in aligned columns.
 
-    A first cell of more than 32 characters has a line of its own, above the rest of its row.
+    A first cell of more than `longest` characters has a line of its own, above the rest of its row.
 
     Args:
       header: the heading of each column.
       rows: the cells of each row.
       left: how many columns, from the first, are aligned to the left; the others are to the right.
+      longest: the most characters that widen the first column.
 
     Returns:
       Lines without a trailing newline.
@@ -170,9 +175,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
       rigl      5
       set      10
     """
-    longest = 32
-    short = [row[0] for row in rows if len(row[0]) <= longest]
-    widths = [max(map(len, (header[0], *short)))]
+    widths = [max(len(row[0]) for row in (header, *rows, ("",)) if len(row[0]) <= longest)]
     widths += [max(len(row[i]) for row in (header, *rows)) for i in range(1, len(header))]
     lines = []
     for row in (header, *rows):
@@ -191,40 +194,67 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
 def plus_minus(row: Row | None, scale: float, digits: int, sign: str = "") -> str:
     """Mean ± sample standard deviation; the mean alone for one value, and - for none.
 
+    Args:
+      row: `mean` and `std`, as `seed_statistics` has them; None, or a mean of None, for no value.
+      scale: what both are multiplied by, e.g. 100 for percent.
+      digits: behind the point.
+      sign: "+" to have it before positive means as well.
+
     Example:
       >>> plus_minus({"mean": 0.5, "std": 0.01}, 100, 2)
       '50.00 ± 1.00'
     """
-    if row is None:
+    if row is None or row["mean"] is None:
         return "-"
     mean = format(scale * row["mean"], f"{sign}.{digits}f")
     return mean if row["std"] is None else f"{mean} ± {scale * row['std']:.{digits}f}"
 
 
-def _interval(row: Row, scale: float, digits: int) -> str:
+def interval(row: Row, scale: float, digits: int) -> str:
+    """The 95 % confidence interval of a mean, with signs; - for a single value.
+
+    Example:
+      >>> interval({"ci95": (-0.01, 0.025)}, 100, 1)
+      '[-1.0, +2.5]'
+    """
+    if row["ci95"] is None:
+        return "-"
     low, high = (format(scale * bound, f"+.{digits}f") for bound in row["ci95"])
     return f"[{low}, {high}]"
 
 
-def p_value(p: float) -> str:
-    """A p in four decimals, marked with * where it is below 0.01.
+def p_value(p: float | None) -> str:
+    """A p in four decimals, marked with * where it is below 0.01; - where there is none.
 
     Example:
       >>> p_value(0.1217), p_value(0.00994), p_value(1e-6)
       ('0.1217', '0.0099*', '<0.0001*')
     """
+    if p is None:
+        return "-"
     text = "<0.0001" if p < 1e-4 else f"{p:.4f}"
     return text + (_MARK if p < SIGNIFICANT else "")
 
 
-def _about_p(settings: Sequence[Row]) -> list[str]:
-    """What p is, and what many of them mean; nothing where there is none."""
-    shown = sum(
-        row[quantity] is not None and row[quantity]["p"] is not None
+def _comparisons(settings: Sequence[Row]) -> list[Row | None]:
+    return [
+        row[quantity]
         for setting in settings
         for row in setting["paired"].values()
         for quantity in QUANTITIES
-    )
+    ]
+
+
+def about_p(comparisons: Sequence[Row | None]) -> list[str]:
+    """What p is, and what many of them mean, as lines of text.
+
+    Args:
+      comparisons: statistics of paired differences; those without a `p` are not counted.
+
+    Returns:
+      Two lines; none where no comparison has a p.
+    """
+    shown = sum(row is not None and row["p"] is not None for row in comparisons)
     if not shown:
         return []
     return [
@@ -234,20 +264,41 @@ def _about_p(settings: Sequence[Row]) -> list[str]:
     ]
 
 
-def unfinished(settings: Mapping[str, Row]) -> str:
-    """What is not finished, a line each.
+def diverged(settings: Mapping[str, Sequence[Row]]) -> str:
+    """The runs that diverged, a line each; they are in no statistics.
 
     Args:
-      settings: by name the numbers of runs that are `finished` and `expected`, the latter None
-        where there is no config yet.
+      settings: by name `method`, `seed` and `message` of such runs.
 
     Returns:
       Lines without a trailing newline.
 
     Example:
-      >>> print(unfinished({"rigl": {"finished": 3, "expected": 10}}))
+      >>> lost = {"method": "ham", "seed": 0, "message": "the loss is nan at step 22"}
+      >>> print(diverged({"rigl": [lost]}))
+      diverged: rigl ham seed 0: the loss is nan at step 22
+    """
+    return "\n".join(
+        f"diverged: {name} {run['method']} seed {run['seed']}: {run['message']}"
+        for name, runs in settings.items()
+        for run in runs
+    )
+
+
+def unfinished(settings: Mapping[str, Row]) -> str:
+    """What is not finished, a line each.
+
+    Args:
+      settings: by name the numbers of runs that are `finished` and `expected`, the latter None
+        where there is no config yet, and `diverged`.
+
+    Returns:
+      Lines without a trailing newline.
+
+    Example:
+      >>> print(unfinished({"rigl": {"finished": 3, "expected": 10, "diverged": 1}}))
       not finished:
-        rigl: 3 of 10 runs
+        rigl: 3 of 10 runs (1 diverged)
     """
     lines = ["not finished:"]
     for name, row in settings.items():
@@ -256,7 +307,8 @@ def unfinished(settings: Mapping[str, Row]) -> str:
             if row["expected"] is None
             else f"{row['finished']} of {row['expected']} runs"
         )
-        lines.append(f"  {name}: {of}")
+        lost = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        lines.append(f"  {name}: {of}{lost}")
     return "\n".join(lines)
 
 
