@@ -214,6 +214,7 @@ def sharpness(curves: Sequence[Row], title: str) -> matplotlib.figure.Figure:
         # The learning rate falls to 0, so its curve leaves any axis at the end.
         axes.set_ylim(0, 1.1 * max(highest, min(limits.values())))
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.set_title(setting, fontsize=9)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("top eigenvalue of the Hessian")
