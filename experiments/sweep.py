@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments import data, distributed, loggers, metrics, train, workdir
@@ -112,13 +112,22 @@ class _Datasets:
         self._loaded: dict[tuple[Any, ...], data.DeviceData] = {}
 
     def of(self, config: Config) -> data.DeviceData | data.StreamedData:
-        key = tuple(getattr(config, name) for name in _OF_DATA)
+        key = self._key(config)
         if key in self._loaded:
             return self._loaded[key].with_config(config)
         loaded = data.load(config, self._say)
         if isinstance(loaded, data.DeviceData):
             self._loaded[key] = loaded
         return loaded
+
+    def keep(self, configs: Iterable[Config]) -> None:
+        """Drops what none of `configs` needs."""
+        keys = {self._key(config) for config in configs}
+        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key in keys}
+
+    @staticmethod
+    def _key(config: Config) -> tuple[Any, ...]:
+        return tuple(getattr(config, name) for name in _OF_DATA)
 
 
 def _plan(
@@ -147,13 +156,14 @@ def _train_free(
     plan: Sequence[_Setting], datasets: _Datasets, progress: Progress, stop: StopRequests
 ) -> list[_Setting]:
     """Trains the settings that no other process has; returns those that another one has."""
-    taken = []
-    for setting in plan:
+    taken: list[_Setting] = []
+    for index, setting in enumerate(plan):
         try:
             with distributed.lock(lambda: workdir.lock(setting.folder)):  # noqa: B023
                 _train_setting(setting, datasets, progress, stop)
         except distributed.LockedError:
             taken.append(setting)
+        datasets.keep(later.config for later in (*plan[index + 1 :], *taken))
     return taken
 
 

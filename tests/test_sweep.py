@@ -138,8 +138,16 @@ def test_further_seeds_join_those_that_are_there(tmp_path):
 def test_images_are_loaded_once_for_settings_that_share_them(whole, tmp_path, monkeypatch):
     loaded, load = [], data.load
     monkeypatch.setattr(data, "load", lambda *arguments: loaded.append(1) or load(*arguments))
+    kept, keep = [], sweep._Datasets.keep
+
+    def watched(self, configs):
+        keep(self, configs)
+        kept.append(len(self._loaded))
+
+    monkeypatch.setattr(sweep._Datasets, "keep", watched)
     assert run(whole) == (0, [True])
     assert len(loaded) == 2
+    assert kept == [2, 1, 0]  # and dropped after the last setting that needs them
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, capsys):
