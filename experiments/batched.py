@@ -296,7 +296,7 @@ class BatchedStepper:
     ) -> None:
         """Prepares for the steps after `step`; `put` places an array as the programs want it."""
         self._group, self._dataset, self._put = group, dataset, put
-        self._seeds = seeds
+        self._seeds, self._on_device = seeds, put(seeds)
         self.step, self.data_seconds = step, 0.0
         self._orders: tuple[int, jax.Array] | None = None
 
@@ -335,7 +335,7 @@ class BatchedStepper:
         if self._orders is None or self._orders[0] != epoch:
             orders = [self._dataset.epoch_order(int(seed), epoch) for seed in self._seeds]
             self._orders = epoch, self._put(jnp.stack(orders))
-        return self._orders[1], self._put(self._seeds), np.int32(epoch), np.int32(index)
+        return self._orders[1], self._on_device, np.int32(epoch), np.int32(index)
 
     def last_batch(self) -> data.Split:
         """As `group.Steps.last_batch`: (seeds, batch, ...)."""

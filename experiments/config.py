@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 OptimizerName = Literal["sgd", "sparseopt", "ham", "sparseopt_ham"]
@@ -284,6 +285,11 @@ class Config:
                     f"topology='dense' trains with SGD, not with optimizer={self.optimizer!r};"
                     " set optimizer=sgd (without masks sparseopt is the same)"
                 )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Config:
+        """A config as `config.json` has it; a field that is newer than the file has its default."""
+        return cls(**{name: content.get(name, spec.default) for name, spec in SPECS.items()})
 
     def methods(self) -> tuple[str, ...]:
         """Names of the methods to run, in order."""

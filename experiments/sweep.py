@@ -70,7 +70,12 @@ def train_sweep(
     total = sum(len(config.runs()) for config in settings.values())
     steps = sum(setting.runs * setting.steps_per_run for setting in plan)
     progress = Progress(runs, steps, total - runs, console)
-    say(f"{name}: {len(settings)} setting(s), {total - runs} of {total} runs are done\n{folder}\n")
+    failed = distributed.from_main(lambda: _diverged(plan))
+    say(
+        f"{name}: {len(settings)} setting(s), {total - runs - len(failed)} of {total} runs are done"
+        + (f", {len(failed)} diverged" if failed else "")
+        + f"\n{folder}\n"
+    )
     with progress.live():
         left = _train_free(plan, datasets, progress, stop)
         # What another process had may be done, or given up, by now.

@@ -148,7 +148,8 @@ def train_missing(
                     raise
                 if len(group.members) > 1:
                     (checkpoints.parent / "runs.json").unlink(missing_ok=True)  # it is given up
-                    runs = [(member.method, member.seed) for member in group.members]
+                    members = {(member.method, member.seed) for member in group.members}
+                    runs = [run for run in workdir.missing(config, folder) if run in members]
                     progress.console.print(f"{error}\none by one, then:", markup=False)
                     train_all(_singles(config, folder, runs, dataset, group.model))
                 else:

@@ -108,7 +108,7 @@ def _joined(config: Config, old: Mapping[str, Any]) -> Config:
     """`config`, with the methods and seeds of an earlier one as well."""
     if not old:
         return config
-    before = _from_json(old)
+    before = Config.from_json(old)
     fields: dict[str, Any] = {"seeds": max(before.seeds, config.seeds)}
     methods = tuple(dict.fromkeys((*before.methods(), *config.methods())))
     if methods != config.methods():
@@ -228,12 +228,7 @@ def merge_metrics(folder: pathlib.Path) -> None:
 
 def _config_of(folder: pathlib.Path) -> Config:
     """The config of a work folder."""
-    return _from_json(metrics.read_json(folder / "config.json"))
-
-
-def _from_json(content: Mapping[str, Any]) -> Config:
-    """A config as JSON has it; a field that is newer than the file has its default."""
-    return Config(**{name: content.get(name, spec.default) for name, spec in SPECS.items()})
+    return Config.from_json(metrics.read_json(folder / "config.json"))
 
 
 def merge_results(folder: pathlib.Path) -> None:

@@ -255,7 +255,8 @@ def test_other_runs_of_a_folder_are_shown_and_stand_for_none_that_is_missing(tmp
     single = {"compare": [], "optimizer": "ham", "seeds": 2}
     (setting / "config.json").write_text(json.dumps(CONFIG | single))
     assert finished_runs.progress(setting) == finished_runs.Progress(2, 2)
-    (setting / "config.json").write_text(json.dumps(CONFIG | single | {"topology": "dense"}))
+    dense = {"topology": "dense", "optimizer": "sgd"}
+    (setting / "config.json").write_text(json.dumps(CONFIG | single | dense))
     assert finished_runs.progress(setting) == finished_runs.Progress(0, 2)
 
 

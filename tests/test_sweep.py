@@ -187,7 +187,7 @@ def test_a_run_that_diverges_does_not_end_the_sweep(tmp_path, capsys):
     # It is known now, and not tried again.
     assert run(folder, settings) == (1, [])
     again = capsys.readouterr()
-    assert "2 of 3 runs" not in again.out
+    assert "2 of 3 runs are done, 1 diverged" in again.out
     assert "compiling" not in again.out
     assert again.err == said.err
 

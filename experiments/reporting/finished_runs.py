@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import SPECS, ConfigError
+from experiments.config import Config, ConfigError
 from experiments.metrics import read_json
 
 COMPARED = (("sparseopt", "sgd"), ("sparseopt_ham", "ham"))
@@ -246,20 +246,9 @@ def progress(workdir: str | os.PathLike[str]) -> Progress:
     lost = {f"{run['method']}-seed{run['seed']}" for run in diverged(folder)}
     if not (folder / "config.json").is_file():
         return Progress(len(finished), None, len(lost))
-    expected = _expected(read_json(folder / "config.json"))
+    config = Config.from_json(read_json(folder / "config.json"))
+    expected = {f"{method}-seed{seed}" for method, seed in config.runs()}
     return Progress(len(expected & finished), len(expected), len(expected & lost))
-
-
-def _expected(config: Mapping[str, Any]) -> set[str]:
-    """Folders of the runs that a config, as JSON has it, asks for; see `Config.runs`."""
-    fields = {name: SPECS[name].default for name in ("topology", "optimizer", "seed", "seeds")}
-    fields |= config
-    single = "dense" if fields["topology"] == "dense" else fields["optimizer"]
-    return {
-        f"{method}-seed{seed}"
-        for method in fields.get("compare") or (single,)
-        for seed in range(fields["seed"], fields["seed"] + fields["seeds"])
-    }
 
 
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
