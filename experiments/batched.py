@@ -3,8 +3,7 @@
 The forward and the backward pass are mapped (`jax.vmap`) over methods and seeds, since all of them
 have parameters of the same shapes; each method's optimizer is mapped over its seeds. Every seed
 has its own batches, the same for all methods, which the program takes from the images on the
-device. Topology updates are a program of their own, called on the steps where they are due: within
-a mapped step a conditional would compute one on every step.
+device. Topology updates are a program of their own, called on the steps where they are due.
 """
 
 from __future__ import annotations

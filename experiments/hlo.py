@@ -1,10 +1,11 @@
-"""What a compiled program communicates: its collectives, read from its text."""
+"""What a compiled program moves, read from its text: over the wire, and in and out of memory."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 KINDS = (
@@ -26,8 +27,13 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation"
     r"|called_computations|condition)=(\{[^{}]*\}|%?[\w.-]+)"
 )
+# Operations that name memory, or a part of it, and those that wait for one that was counted.
+_NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_NO_TRAFFIC |= {"copy-done", "slice-done", "async-done", "while", "conditional"}
+_SPACE = re.compile(r"S\(\d+\)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([^\]]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,7 @@ def collectives(text: str) -> dict[str, Collective]:
       ValueError: the text is no compiled program: it has not exactly one entry computation.
     """
     operations, calls, entries = _parse(text)
-    if len(entries) != 1:
-        raise ValueError(
-            f"text has {len(entries)} entry computations and must have 1: give what "
-            "jax.jit(f).lower(...).compile().as_text() returns, not the text of the lowered program"
-        )
+    _one_entry(entries)
     runs = _runs(entries[0], calls)
     found: dict[str, Collective] = {}
     for kind in KINDS:
@@ -133,10 +135,74 @@ def _runs(entry: str, calls: dict[str, Counter[str]]) -> Counter[str]:
     return runs
 
 
-def _size(result: str) -> int:
+def bytes_moved(text: str) -> dict[str, int]:
+    """Bytes that a program reads and writes where none of its loops and conditionals runs.
+
+    That is one training step between two topology updates: a topology update is a loop of one pass
+    or none. Of each operation of the entry computation the operands and the results count, whole,
+    as in `cost_analysis`; what a TPU keeps in its vector memory (`S(1)`) does not.
+
+    Args:
+      text: as for `collectives`.
+
+    Returns:
+      Bytes by kind of operation (fusion, copy, ...), those without any left out.
+
+    Raises:
+      ValueError: as `collectives`.
+    """
+    moved: Counter[str] = Counter()
+    types: dict[str, str] = {}
+    for name, result, opcode, rest in _entry(text):
+        types[name] = result
+        if opcode in _NO_TRAFFIC:
+            continue
+        operands = [types.get(operand, "") for operand in _OPERAND.findall(rest.split(")")[0])]
+        # Of the start of a pair only the first array is a result. For a slice it is the second,
+        # and no more than that is read.
+        if opcode == "copy-start":
+            result = _arrays(result)[0]
+        elif opcode == "slice-start":
+            operand, result = _arrays(result)[:2]
+            operands = [_SPACE.sub("", result)] if _size(operand, in_main_memory=True) else []
+        moved[opcode] += _size(result, in_main_memory=True)
+        moved[opcode] += sum(_size(operand, in_main_memory=True) for operand in operands)
+    return {opcode: count for opcode, count in moved.items() if count}
+
+
+def _entry(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, opcode and what follows of each operation of the entry computation."""
+    _one_entry([line for line in text.splitlines() if line.startswith("ENTRY ")])
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith("ENTRY "):
+            break
+    for line in lines:
+        if line.startswith("}"):
+            return
+        if operation := _OPERATION.match(line):
+            name = line.split(" = ", 1)[0].split()[-1].lstrip("%")
+            yield name, operation[1], operation[2], line[operation.end() :]
+
+
+def _arrays(result: str) -> list[str]:
+    return [found[0] for found in _ARRAY.finditer(result)]
+
+
+def _one_entry(entries: Sequence[str]) -> None:
+    if len(entries) != 1:
+        raise ValueError(
+            f"text has {len(entries)} entry computations and must have 1: give what "
+            "jax.jit(f).lower(...).compile().as_text() returns, not the text of the lowered program"
+        )
+
+
+def _size(result: str, in_main_memory: bool = False) -> int:
     """Bytes of a type's arrays. Elements of fewer than 8 bits lie side by side."""
     size = 0
-    for dtype, digits, shape in _ARRAY.findall(result):
+    for dtype, digits, shape, layout in _ARRAY.findall(result):
+        if in_main_memory and "S(1)" in layout:
+            continue
         # The name says how many bits an element has; a token and the like have none.
         bits = 8 if dtype == "pred" else int(digits or 0)
         # `<=16` is a dimension that is only bounded.

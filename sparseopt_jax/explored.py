@@ -1,12 +1,16 @@
 """The explored set: which weights have been active at any time, one bit a weight.
 
-Eight neighbours along one axis share a byte. The axis is one that is seldom sharded, and the others
-keep their size, so that the bits can be sharded as their parameter is. A layer that has no other
-axis with a multiple of eight, such as a first convolution, takes up to three bits a weight.
+One axis is cut into eight parts of n elements, and the elements at the same place of each share a
+byte: element i is bit i // n of byte i % n. Were the eight neighbours instead, a TPU's compiler
+would lay out weights, gradients and masks anew for them, on every step. The axis is one that is
+seldom sharded, and the others keep their size, so that the bits can be sharded as their parameter
+is. A layer that has no other axis with a multiple of eight, such as a first convolution, takes up
+to three bits a weight.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -40,10 +44,10 @@ def pack(mask: Array) -> Array:
     shape[axis] = -(-shape[axis] // 8)
 
     def packed(mask: Array) -> Array:
-        # Fused with what computes a mask, the reduction in packbits makes the TPU's compiler abort
-        # (libtpu 0.0.42, "Cannot find a valid window"), so the mask is computed first.
-        mask = lax.optimization_barrier(mask)  # type: ignore[no-untyped-call]
-        return jnp.packbits(mask, axis=axis, bitorder="little")
+        padding = [(0, 0)] * mask.ndim
+        padding[axis] = (0, 8 * shape[axis] - mask.shape[axis])
+        planes = jnp.split(jnp.pad(mask.astype(jnp.uint8), padding), 8, axis)
+        return functools.reduce(jnp.bitwise_or, [p << bit for bit, p in enumerate(planes)])
 
     result = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8)  # type: ignore[no-untyped-call]
     return in_auto_mode(packed, mask, result)(mask)
@@ -55,7 +59,11 @@ def unpack(bits: Array, like: Array) -> Array:
     size = like.shape[axis]
 
     def unpacked(bits: Array) -> Array:
-        return jnp.unpackbits(bits, axis=axis, count=size, bitorder="little").astype(jnp.bool_)
+        shape = (*bits.shape[:axis], 8, *bits.shape[axis:])
+        place = lax.broadcasted_iota(jnp.uint8, shape, axis)
+        planes = (jnp.expand_dims(bits, axis) >> place) & 1
+        joined = planes.reshape(*bits.shape[:axis], -1, *bits.shape[axis + 1 :])
+        return lax.slice_in_dim(joined, 0, size, axis=axis).astype(jnp.bool_)
 
     return in_auto_mode(unpacked, like)(bits)
 

@@ -1,7 +1,4 @@
-"""One function over all layers of a model, layers of the same shape side by side.
-
-A program with one selection a layer would take tens of seconds to compile for a ResNet.
-"""
+"""One function over all layers of a model, so that its searches are shared by them."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def update_layerwise(
     scores: PyTree,
     batch_axes: AxesByPath,
 ) -> PyTree:
-    """Apply ``update_layers`` to stacks of the layers that share shape and dtypes."""
+    """Apply ``update_layers`` to the leaves as stacks of layers, (layers, *shape) each."""
     check_masks(masks, params)
     if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError(
@@ -55,26 +52,13 @@ def update_layerwise(
             tuple(to_layers(jnp.asarray(array), batch) for array in arrays)
             for *arrays, batch in zip(*trees, batches, strict=True)
         ]
-        groups: dict[Any, list[int]] = {}
-        for index, (mask, weight, score) in enumerate(layers):
-            groups.setdefault((mask.shape[1:], weight.dtype, score.dtype), []).append(index)
-        stacked = [
-            [jnp.concatenate([layers[index][kind] for index in group]) for group in groups.values()]
-            for kind in range(3)
+        stacks = [list(kind) for kind in zip(*layers, strict=True)]
+        return [
+            from_layers(new, leaf.shape, batch)
+            for new, leaf, batch in zip(
+                update_layers(key, step, *stacks), leaves, batches, strict=True
+            )
         ]
-        updated: list[Any] = [None] * len(layers)
-        for group, new, old, weight, score in zip(
-            groups.values(), update_layers(key, step, *stacked), *stacked, strict=True
-        ):
-            axes = tuple(range(1, old.ndim))
-            finite = jnp.all(jnp.isfinite(weight) & jnp.isfinite(score), axis=axes, keepdims=True)
-            chosen, start = jnp.where(finite, new, old), 0
-            for index in group:
-                end = start + len(layers[index][0])
-                own = chosen[start:end]
-                updated[index] = from_layers(own, trees[0][index].shape, batches[index])
-                start = end
-        return updated
 
     return jax.tree.unflatten(
         structure, in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)

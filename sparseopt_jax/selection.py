@@ -1,11 +1,10 @@
 """Exact top-k masks of an array of any shape, without a sort, a flatten or a gather.
 
-The k-th largest score is found by narrowing a bracket of candidate thresholds and counting, at
-each step, the scores that reach the threshold. That is elementwise work and a sum, so it runs on a
-sharded array with scalar all-reduces only, and the mask does not depend on how the array is laid
-out over devices. Each step guesses the threshold by interpolating between the two counts known so
-far, and bisects after a guess that did not halve the bracket: some 10 passes for smooth scores,
-and never more than twice as many as the scores have bits.
+Scores are mapped to integers of the same order, and the k-th largest is found three bits at a time:
+each pass counts the scores that reach each of seven candidates. That is elementwise work and sums,
+so it runs on a sharded array and communicates counts only, and the mask does not depend on how the
+array is laid out over devices. It takes at most 11 passes for 32 bits, and ends earlier where
+exactly k scores reach the threshold; nothing of the array's size is kept between them.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ Array: TypeAlias = jax.Array
 Stacks: TypeAlias = list[Array]
 
 _ROUNDS = 3
+_BITS = 3
 _INT32_MAX = 2**31 - 1
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -92,8 +92,16 @@ def random_mask(key: Array, shape: tuple[int, ...], k: Any, where: Array | None 
     return random_masks(key, ((1, *shape),), k[None], only)[0][0]
 
 
-@jax.jit
-def top_k_masks(scores: Stacks, k: Array, key: Array | None, where: Stacks | None = None) -> Stacks:
+@partial(jax.jit, static_argnames=("by_magnitude", "without"))
+def top_k_masks(
+    scores: Stacks,
+    k: Array,
+    key: Array | None,
+    where: Stacks | None = None,
+    *,
+    by_magnitude: bool = False,
+    without: bool = False,
+) -> Stacks:
     """``top_k_mask`` of many arrays in one search.
 
     Args:
@@ -101,45 +109,64 @@ def top_k_masks(scores: Stacks, k: Array, key: Array | None, where: Stacks | Non
       k: int32 (N,), each in the range of its array's size.
       key: as in ``top_k_mask``.
       where: bool stacks of the shapes of ``scores``, or None.
+      by_magnitude: rank absolute values.
+      without: whether ``where`` says what can not be chosen.
 
     Returns:
       Bool stacks of the shapes of ``scores``.
     """
-    width = max(array.dtype.itemsize for array in scores)
-    keys = [_ordered_bits(array).astype(_UNSIGNED[max(width, 4)]) for array in scores]
-    keys = _only(where, keys)
-    # The smallest candidate; 0, which is none, wraps around to the largest integer.
-    none = ~jnp.zeros((), keys[0].dtype)
-    low = _each(keys, lambda a, axes: jnp.min(a - 1, axes, initial=none)) + 1
-    high = _each(keys, lambda a, axes: jnp.max(a, axes, initial=0)) + 1
-    # k = 0 needs no search: no key reaches high.
-    low = jnp.where(k == 0, high, jnp.maximum(low, 1))
-    candidates = jnp.where(k == 0, 0, _each([a > 0 for a in keys], _count))
-    threshold, reached = _search(keys, k, low, high, candidates)
+    unsigned = _UNSIGNED[max(4, *(array.dtype.itemsize for array in scores))]
+    shapes = tuple(array.shape for array in scores)
+    words = None if key is None else _random_words(key, shapes)
 
-    def without_ties() -> Stacks:
-        return [a >= t for a, t in _paired(keys, threshold)]
+    def bits(scores: Stacks, where: Stacks | None) -> Stacks:
+        found = [_ordered_bits(jnp.abs(a) if by_magnitude else a) for a in scores]
+        return _only(where, [a.astype(unsigned) for a in found], without)
 
-    def with_ties() -> Stacks:
-        above = [a > t for a, t in _paired(keys, threshold)]
-        n_above = _each(above, _count)
-        shapes = [a.shape for a in keys]
-        ranks = _reversed_indices(shapes) if key is None else _shuffled_indices(key, shapes)
-        ranks = _only([a == t for a, t in _paired(keys, threshold)], ranks)
-        chosen = _mark_distinct(ranks, k - n_above, reached - n_above)
-        return [a | b for a, b in zip(above, chosen, strict=True)]
+    def ranks(words: Array | None, zero: Array) -> Stacks:
+        if words is None:
+            return _reversed_indices(shapes, zero)
+        return _shuffled_indices(words, shapes, zero)
 
-    return lax.cond(jnp.all(reached <= k), without_ties, with_ties)
+    def tied(
+        scores: Stacks, where: Stacks | None, level: Array, words: Array | None, zero: Array
+    ) -> Stacks:
+        return _only([a == t for a, t in _paired(bits(scores, where), level)], ranks(words, zero))
+
+    level, reached, above = _search(bits, (scores, where), k)
+    # Among equal scores at the threshold the search goes on by rank; where there is nothing to
+    # choose it ends at once, and all ranks will do.
+    choose = (reached > k) & (level > 0)
+    zero = jnp.uint32(0)
+    of = scores, where, level, words, zero
+    rank, _, _ = _search(tied, of, jnp.where(choose, k - above, 0))
+    rank = jnp.where(choose, rank, 0)
+    # What is no candidate has the bits 0, and does not reach 1.
+    keys = _paired(bits(scores, where), jnp.maximum(level, 1))
+    return [
+        (a > t) | ((a == t) & (b >= r))
+        for (a, t), (b, r) in zip(keys, _paired(ranks(words, zero), rank), strict=True)
+    ]
 
 
-@partial(jax.jit, static_argnames="shapes")
+@partial(jax.jit, static_argnames=("shapes", "without"))
 def random_masks(
-    key: Array, shapes: tuple[tuple[int, ...], ...], k: Array, where: Stacks | None = None
+    key: Array,
+    shapes: tuple[tuple[int, ...], ...],
+    k: Array,
+    where: Stacks | None = None,
+    *,
+    without: bool = False,
 ) -> Stacks:
     """``random_mask`` of many arrays in one search; arguments as those of ``top_k_masks``."""
-    ranks = _only(where, _shuffled_indices(key, shapes))
-    candidates = _each([a > 0 for a in ranks], _count)
-    return _mark_distinct(ranks, k, candidates)
+    words = _random_words(key, shapes)
+
+    def ranks(where: Stacks | None, words: Array, zero: Array) -> Stacks:
+        return _only(where, _shuffled_indices(words, shapes, zero), without)
+
+    of = where, words, jnp.uint32(0)
+    threshold, _, _ = _search(ranks, of, k)
+    return [a >= t for a, t in _paired(ranks(*of), jnp.maximum(threshold, 1))]
 
 
 def _checked_scores(scores: Any) -> Array:
@@ -184,12 +211,12 @@ def _checked_where(where: Any, shape: tuple[int, ...]) -> Array:
     return where
 
 
-def _only(where: Stacks | None, keys: Stacks) -> Stacks:
+def _only(where: Stacks | None, keys: Stacks, without: bool = False) -> Stacks:
     """Give the key 0, which is never chosen, to positions that are no candidates."""
     if where is None:
         return keys
     # A product, because a select would want both to be sharded alike in Explicit mesh mode.
-    return [a * w.astype(a.dtype) for w, a in zip(where, keys, strict=True)]
+    return [a * (w ^ without).astype(a.dtype) for w, a in zip(where, keys, strict=True)]
 
 
 def _ordered_bits(scores: Array) -> Array:
@@ -210,35 +237,43 @@ def _ordered_bits(scores: Array) -> Array:
     return ordered if width == 64 else ordered.astype(jnp.uint32)
 
 
-def _flat_index(shape: tuple[int, ...]) -> Array:
-    """Row-major index within each array of a stack, from per-axis iotas: nothing is flattened."""
-    index = jnp.zeros(shape, jnp.uint32)
+def _flat_index(shape: tuple[int, ...], zero: Array) -> Array:
+    """Row-major index within each array of a stack, from per-axis iotas: nothing is flattened.
+
+    Everything starts from ``zero``, a uint32 scalar, so that a compiler that may not take it out of
+    a loop takes no index out either.
+    """
+    index = jnp.broadcast_to(zero, shape)
     stride = 1
     for axis in reversed(range(1, len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * (jnp.uint32(stride) + zero)
         stride *= shape[axis]
     return index
 
 
-def _reversed_indices(shapes: Sequence[tuple[int, ...]]) -> Stacks:
+def _reversed_indices(shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
     """Ranks under which the lowest flat index comes first."""
-    return [jnp.uint32(math.prod(shape[1:])) - _flat_index(shape) for shape in shapes]
+    return [jnp.uint32(math.prod(shape[1:])) - _flat_index(shape, zero) for shape in shapes]
 
 
-def _shuffled_indices(key: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
+def _random_words(key: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
+    """Two for each array and round, (N, rounds, 2) uint32."""
+    arrays = sum(shape[0] for shape in shapes)
+    return jax.random.bits(key, (arrays * _ROUNDS * 2,), jnp.uint32).reshape(arrays, _ROUNDS, 2)
+
+
+def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
     """Distinct random ranks: a random bijection of the 31-bit integers, applied to the flat index.
 
     Adding a constant, xoring a number with its own upper half and multiplying by an odd number are
     each invertible modulo a power of two, so no two positions share a rank, which random bits
     would not promise. Each array and each of the rounds has its own random words.
     """
-    arrays = sum(shape[0] for shape in shapes)
-    words = jax.random.bits(key, (arrays * _ROUNDS * 2,), jnp.uint32).reshape(arrays, _ROUNDS, 2)
     stacks, start = [], 0
     for shape in shapes:
         own = words[start : start + shape[0]].reshape(shape[0], *[1] * (len(shape) - 1), _ROUNDS, 2)
         start += shape[0]
-        ranks = _flat_index(shape)
+        ranks = _flat_index(shape, zero)
         for i in range(_ROUNDS):
             ranks = (ranks + own[..., i, 0]) & _INT32_MAX
             ranks = ranks ^ (ranks >> 16)
@@ -246,15 +281,6 @@ def _shuffled_indices(key: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
             ranks = ranks ^ (ranks >> 15)
         stacks.append(ranks + 1)
     return stacks
-
-
-def _count(condition: Array, axes: tuple[int, ...]) -> Array:
-    return jnp.sum(condition, axis=axes, dtype=jnp.int32)
-
-
-def _each(stacks: Stacks, reduce: Callable[[Array, tuple[int, ...]], Array]) -> Array:
-    """One number per array, (N,) in all."""
-    return jnp.concatenate([reduce(a, tuple(range(1, a.ndim))) for a in stacks])
 
 
 def _paired(stacks: Stacks, numbers: Array) -> list[tuple[Array, Array]]:
@@ -267,64 +293,75 @@ def _paired(stacks: Stacks, numbers: Array) -> list[tuple[Array, Array]]:
     return pairs
 
 
-def _mark_distinct(ranks: Stacks, k: Array, candidates: Array) -> Stacks:
-    """Mark in each array the ``k`` largest of distinct positive ranks up to 2**31."""
-    low = jnp.ones(k.shape, jnp.uint32)
-    threshold, _ = _search(ranks, k, low, jnp.full(k.shape, 2**31 + 1, jnp.uint32), candidates)
-    # At k = 0 the search ends on the largest rank.
-    return [
-        (a >= t) & (n > 0)
-        for (a, t), (_, n) in zip(_paired(ranks, threshold), _paired(ranks, k), strict=True)
-    ]
+def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Array, Array]:
+    """A threshold for each array, how many of its keys reach it, and how many exceed it, all (N,).
 
+    The keys are ``keys(*of)``.
 
-def _search(
-    keys: Stacks, k: Array, low: Array, high: Array, above_low: Array
-) -> tuple[Array, Array]:
-    """A threshold for each array, and how many of its keys reach it, both (N,).
-
-    That is ``k`` keys, or all candidates if there are fewer, or more than ``k`` where the k-th
-    largest key, which the threshold then is, occurs several times. The brackets keep
-    ``count(keys >= low) >= k > count(keys >= high)``; one closes when exactly ``k`` keys reach
-    ``low``, and its array is not read any more.
+    ``k`` keys reach it, or more than ``k`` where the k-th largest key, which the threshold then is,
+    occurs several times; only then the third number is of use. At ``k = 0`` no key reaches it.
     """
-
-    def is_open(low: Array, high: Array, above_low: Array) -> Array:
-        return (above_low > k) & (high - low > 1)
+    arrays = jax.eval_shape(keys, *of)
+    unsigned = arrays[0].dtype
+    sizes = [math.prod(a.shape[1:]) for a in arrays for _ in range(a.shape[0])]
 
     def narrow(state: Any) -> Any:
-        low, high, above_low, above_high, bisect = state
-        going_on = is_open(low, high, above_low)
-        width = high - low
-        share = (above_low - k).astype(jnp.float32) / (above_low - above_high).astype(jnp.float32)
-        # At most 0.99 of the width, so that rounding to float32 can never leave the bracket.
-        guess = (width.astype(jnp.float32) * jnp.clip(share, 0.0, 0.99)).astype(low.dtype)
-        step = jnp.where(bisect, width // 2, jnp.clip(guess, 1, width - 1))
-        middle = low + step
-        above = jnp.concatenate(
-            [
-                lax.cond(
-                    jnp.any(active),
-                    lambda a=a, m=m: _count(a >= m, tuple(range(1, a.ndim))),
-                    lambda a=a: jnp.zeros(a.shape[:1], jnp.int32),
-                )
-                for (a, m), (_, active) in zip(
-                    _paired(keys, middle), _paired(keys, going_on), strict=True
-                )
-            ]
-        )
-        enough = above >= k
-        narrowed = (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, above, above_low),
-            jnp.where(enough, above_high, above),
-            ~bisect & (jnp.where(enough, high - middle, step) > width // 2),
-        )
-        return tuple(
-            jnp.where(going_on, new, old) for new, old in zip(narrowed, state, strict=True)
-        )
+        threshold, reached, above, shift = state
+        digits = jnp.arange(1, 2**_BITS, dtype=unsigned)[:, None]
+        candidates = threshold[None] + (digits << shift.astype(unsigned))
+        # Computed anew on each pass: taken out of the loop, as a compiler would like to, the keys
+        # take as much memory as the scores.
+        own, candidates = lax.optimization_barrier((of, candidates))  # type: ignore[no-untyped-call]
+        counts = _counts(keys(*own), candidates)
+        enough = counts >= k[None]
+        # Counts fall with the digit: the last that is enough, and the first that is not.
+        for count, is_enough in zip(counts, enough, strict=True):
+            reached = jnp.where(is_enough, count, reached)
+        for count, is_enough in zip(counts[::-1], enough[::-1], strict=True):
+            above = jnp.where(is_enough, above, count)
+        digit = jnp.sum(enough, axis=0, dtype=unsigned)
+        # The last digit may share bits with the one before; its candidates beyond are not enough.
+        following = jnp.where(shift > 0, jnp.maximum(shift - _BITS, 0), -1)
+        return threshold + (digit << shift.astype(unsigned)), reached, above, following
 
-    start = (low, high, above_low, jnp.zeros_like(k), jnp.zeros(k.shape, jnp.bool_))
-    low, _, above_low, _, _ = lax.while_loop(lambda s: jnp.any(is_open(*s[:3])), narrow, start)
-    return low, above_low
+    def is_open(state: Any) -> Array:
+        _, reached, _, shift = state
+        return (shift >= 0) & jnp.any((reached > k) & (k > 0))
+
+    start = (
+        jnp.zeros(k.shape, unsigned),
+        jnp.array(sizes, jnp.int32),
+        jnp.zeros(k.shape, jnp.int32),
+        jnp.int32(unsigned.itemsize * 8 - _BITS),
+    )
+    threshold, reached, above, _ = lax.while_loop(is_open, narrow, start)
+    return jnp.where(k > 0, threshold, ~unsigned.type(0)), reached, above
+
+
+def _counts(stacks: Stacks, thresholds: Array) -> Array:
+    """How many numbers of each array reach each of its thresholds (M, N): int32 (M, N)."""
+    found, start = [], 0
+    for a in stacks:
+        own = thresholds[:, start : start + a.shape[0]]
+        reach = [a >= t.reshape(-1, *[1] * (a.ndim - 1)) for t in own]
+        found.append(jnp.stack(counts(*reach)))
+        start += a.shape[0]
+    return jnp.concatenate(found, axis=1)
+
+
+def counts(*conditions: Array) -> list[Array]:
+    """How many elements of each array are True: int32 (n,), for bool stacks (n, *shape)."""
+    axes = tuple(range(1, conditions[0].ndim))
+
+    def one_by_one(*conditions: Array) -> list[Array]:
+        return [jnp.sum(one, axis=axes, dtype=jnp.int32) for one in conditions]
+
+    def together(*conditions: Array) -> list[Array]:
+        ones = tuple(one.astype(jnp.int32) for one in conditions)
+        zeros = (jnp.int32(0),) * len(ones)
+        return list(lax.reduce(ones, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), axes))
+
+    # A CPU would write out the conditions and read them again, for each sum by itself. Together the
+    # partial sums of sharded arrays are gathered, not added up, which other devices need not do.
+    found: list[Array] = lax.platform_dependent(*conditions, cpu=together, default=one_by_one)
+    return found

@@ -3,8 +3,8 @@
 The wrapper keeps parameters exactly sparse, so the forward pass needs no mask, and the gradient
 that JAX returns is already the dense gradient by which RigL grows. Within one ``update``:
 
-1. The topology comes first. A ``lax.cond`` takes and returns masks and fan-in counts only; it ranks
-   the weights and gradients as they came in.
+1. The topology comes first, in a loop of one pass or none, so that nothing is copied on the steps
+   between two updates; it ranks the weights and gradients as they came in.
 2. Gradients and weights of inactive positions are zeroed, and the inner optimizer's state for them
    is put back to its initial value, also for weights that have just grown. All of it is elementwise
    and fuses with the inner update.
@@ -112,8 +112,8 @@ def sparse_training(
       batch_axes: likewise the axis or axes that index the layers of stacked kernels. Each layer of
         a stack keeps its own number of weights.
       automatic: whether ``update`` follows the topology's schedule. With False the masks change
-        only through ``update_topology``, for loops that schedule it themselves (under ``jax.vmap``
-        a scheduled update would be computed on every step).
+        only through ``update_topology``, for loops that schedule it themselves. Under ``jax.vmap``
+        a scheduled update is computed on the steps on which one is due for any of the copies.
 
     Returns:
       A transformation to be outermost but for wrappers that skip or accumulate whole steps
@@ -288,10 +288,14 @@ def sparse_training(
                     maskable(fan_in, grads),
                 )
                 accumulator = jax.tree.map(lambda s: jnp.where(is_update, 0.0, s), scores)
-            masks, fan_in, explored, grown = lax.cond(
+            masks, fan_in, explored, grown = _in_place_if(
                 is_update,
-                lambda: updated_topology(state, _copies(params)[0], scores),
-                lambda: (masks, fan_in, explored, grown),
+                lambda masks, fan_in, explored, grown: updated_topology(
+                    state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown),
+                    _copies(params)[0],
+                    scores,
+                ),
+                (masks, fan_in, explored, grown),
             )
 
         def where_active(active: Any) -> PyTree:
@@ -334,6 +338,21 @@ def sparse_training(
     transformation = SparseTraining(init_fn, update_fn)
     transformation.update_topology = update_topology
     return transformation
+
+
+def _in_place_if(condition: Any, change: Callable[..., Any], values: Any) -> Any:
+    """``change(*values)`` where ``condition``, else ``values``, which are not copied then.
+
+    That is ``lax.cond``, written as a loop of one pass or none: XLA gives the values of a loop one
+    buffer from start to end, where each branch of a conditional, also the one that does nothing,
+    would copy what it returns.
+    """
+    _, values = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), change(*carry[1])),
+        (jnp.asarray(condition), values),
+    )
+    return values
 
 
 def update_topology(

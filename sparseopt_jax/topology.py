@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.layerwise import update_layerwise
-from sparseopt_jax.selection import Stacks, random_masks, top_k_masks
+from sparseopt_jax.selection import Stacks, counts, random_masks, top_k_masks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -165,17 +165,22 @@ class _Scheduled:
         return self.is_update_step(step)
 
     def _drop_smallest(
-        self, key: Array, step: Any, masks: Stacks, weights: Stacks
+        self, key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
     ) -> tuple[Stacks, Array]:
         """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not.
 
-        floor(fraction * n_active) are dropped, in integer arithmetic.
+        floor(fraction * n_active) are dropped, in integer arithmetic; none of a layer with a weight
+        or score that is not finite.
         """
-        n_active = jnp.concatenate(
-            [jnp.sum(m, axis=tuple(range(1, m.ndim)), dtype=jnp.int32) for m in masks]
-        )
+        found = [
+            counts(m, ~(jnp.isfinite(w) & jnp.isfinite(s)))
+            for m, w, s in zip(masks, weights, scores, strict=True)
+        ]
+        n_active, n_not_finite = (jnp.concatenate(kind) for kind in zip(*found, strict=True))
         n_drop = _millionths_of(self._drop_millionths(step), n_active)
-        return top_k_masks([jnp.abs(w) for w in weights], n_active - n_drop, key, masks), n_drop
+        n_drop = jnp.where(n_not_finite > 0, 0, n_drop)
+        kept = top_k_masks(weights, n_active - n_drop, key, masks, by_magnitude=True)
+        return kept, n_drop
 
 
 @dataclass(frozen=True)
@@ -238,14 +243,18 @@ class SET(_Scheduled):
         ) -> Stacks:
             drop_key, grow_key = jax.random.split(key)
             if self.drop_by == "magnitude":
-                kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
+                kept, n_drop = self._drop_smallest(drop_key, step, masks, weights, scores)
             else:
                 keys = jax.random.split(drop_key)
                 pairs = list(zip(masks, weights, strict=True))
                 positive = [m & (w > 0) for m, w in pairs]
                 negative = [m & (w < 0) for m, w in pairs]
-                kept_positive, n_positive = self._drop_smallest(keys[0], step, positive, weights)
-                kept_negative, n_negative = self._drop_smallest(keys[1], step, negative, weights)
+                kept_positive, n_positive = self._drop_smallest(
+                    keys[0], step, positive, weights, scores
+                )
+                kept_negative, n_negative = self._drop_smallest(
+                    keys[1], step, negative, weights, scores
+                )
                 # What compares as neither, subnormal numbers on some backends included, stays.
                 dropped = [
                     (p & ~kp) | (n & ~kn)
@@ -255,7 +264,7 @@ class SET(_Scheduled):
                 ]
                 kept = [m & ~d for m, d in zip(masks, dropped, strict=True)]
                 n_drop = n_positive + n_negative
-            return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, _inverted(kept)))
+            return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, kept, without=True))
 
         return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
@@ -355,9 +364,9 @@ class RigL(_Scheduled):
             key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
         ) -> Stacks:
             drop_key, grow_key = jax.random.split(key)
-            kept, n_drop = self._drop_smallest(drop_key, step, masks, weights)
-            magnitudes = [jnp.abs(score) for score in scores]
-            return _grown(kept, top_k_masks(magnitudes, n_drop, grow_key, _inverted(kept)))
+            kept, n_drop = self._drop_smallest(drop_key, step, masks, weights, scores)
+            grown = top_k_masks(scores, n_drop, grow_key, kept, by_magnitude=True, without=True)
+            return _grown(kept, grown)
 
         return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
@@ -374,10 +383,6 @@ def _millionths_of(millionths: Array, n: Array) -> Array:
 
 def _shapes(stacks: Stacks) -> tuple[tuple[int, ...], ...]:
     return tuple(stack.shape for stack in stacks)
-
-
-def _inverted(masks: Stacks) -> Stacks:
-    return [~mask for mask in masks]
 
 
 def _grown(kept: Stacks, grown: Stacks) -> Stacks:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,10 @@ def on_mesh(mesh, leaf):
 
 
 def most_bytes(shapes, devices):
-    """4 bytes for each neuron whose inputs are on several devices, and 16 numbers for each layer.
+    """4 bytes for each neuron whose inputs are on several devices, and 32 numbers for each layer.
 
-    These are its counts and the ends of the brackets between which its threshold is searched for.
+    These are its counts: of active weights, of what is not finite, and in each of four searches of
+    what reaches seven candidates, with one pass of each.
     """
     total = 0
     for shape in shapes:
@@ -91,7 +93,7 @@ def most_bytes(shapes, devices):
         layers = shape[0] if len(shape) == 5 else 1
         if devices > 1 and len(shape) > 1 and axis is not None:
             neurons = 0 if axis == len(shape) - 1 else shape[-1] * layers
-            total += 4 * neurons + 64 * layers
+            total += 4 * neurons + 128 * layers
     return total
 
 
@@ -112,10 +114,16 @@ def test_an_update_sums_counts_and_gathers_nothing(mesh_shape, topology, functio
     update = jax.jit(functools.partial(function, tx), out_shardings=(shardings, state_shardings))
     compiled = update.lower(params, opt_state, grads).compile()
 
-    found = collectives(compiled.as_text())
-    assert found.keys() == ({"all-reduce"} if mesh.shape["fsdp"] > 1 else set())
-    moved = sum(kind.bytes for kind in found.values())
-    assert moved <= most_bytes(SHAPES.values(), mesh.shape["fsdp"]), found
+    devices, found = mesh.shape["fsdp"], collectives(compiled.as_text())
+    # A CPU gathers partial counts and adds them up; other devices add them on the way (for a TPU
+    # tests/test_compile_check.py has that).
+    gathered = re.findall(r" = (\S+) all-gather\(", compiled.as_text())
+    assert found.keys() == ({"all-reduce", "all-gather"} if devices > 1 else set())
+    for result in gathered:
+        elements = math.prod(int(n) for n in re.match(r"s32\[([\d,]+)\]", result)[1].split(","))
+        assert elements <= 2 * devices, result  # of a stack of two layers at most
+    moved = found["all-reduce"].bytes if devices > 1 else 0
+    assert moved <= most_bytes(SHAPES.values(), devices), found
 
     _, updated = compiled(params, opt_state, grads)
     for name in ("masks", "fan_in", "explored"):
@@ -125,15 +133,15 @@ def test_an_update_sums_counts_and_gathers_nothing(mesh_shape, topology, functio
     assert changed == {name: name != "scale" for name in SHAPES}
 
 
-def test_an_update_of_resnet50_moves_less_than_64_kb():
+def test_an_update_of_resnet50_moves_less_than_128_kb():
     """The programs above say how much it is for each neuron and layer, with one pass of each loop.
 
-    With weights and gradients rounded to two decimals, so that ties are everywhere, the searches of
-    RigL took 111 passes together (without ties 46); each moves a number for every layer.
+    RigL has four searches, those among equal scores included, of at most 11 passes each; a pass
+    moves seven numbers for every layer.
     """
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(ResNet50().init, jax.random.key(0), images)
     shapes = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1]
     assert len(shapes) == 54
     for devices in (2, 8, 64, 256):
-        assert 4 * 54 < most_bytes(shapes, devices) < 64 * 1024 - 111 * 4 * 54
+        assert 4 * 54 < most_bytes(shapes, devices) < 128 * 1024 - 40 * 28 * 54

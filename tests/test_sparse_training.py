@@ -313,6 +313,17 @@ def test_vmap_over_seeds_equals_single_runs():
     assert (kernels[1] != kernels[2]).any()
 
 
+def test_a_mapped_step_searches_within_the_loop_only():
+    """A loop that is mapped runs while any copy wants to; what is outside of it, on every step."""
+    tx, params = make_tx(sx.sparseopt(0.1), RIGL), jax.tree.map(jnp.asarray, make_params())
+    copies, opt_state = jax.tree.map(lambda x: jnp.stack([x] * 3), (params, tx.init(params)))
+    equations = jax.make_jaxpr(jax.vmap(tx.update))(copies, opt_state, copies).eqns
+    loops = [str(e) for e in equations if e.primitive.name == "while"]
+    others = [str(e) for e in equations if e.primitive.name != "while"]
+    assert ["name=top_k_masks" in text for text in loops] == [True]
+    assert not any("top_k" in text or "while[" in text for text in others)
+
+
 @pytest.mark.parametrize("topology", [RIGL, SET], ids=["rigl", "set"])
 def test_eight_devices_choose_the_same_masks_as_one(topology):
     params = {"kernel": jax.random.normal(jax.random.key(0), (48, 32)), "bias": jnp.zeros(32)}
