@@ -10,6 +10,8 @@ LIBTPU := $(BIN)/python -c 'import importlib.metadata as m; \
   print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])'
 # Test workers; more than the cores there are only makes compilation slower.
 JOBS   ?= auto
+# What `make bench` appends its results to.
+BENCH  ?= bench.jsonl
 
 .PHONY: demo test lint bench format clean
 
@@ -25,7 +27,12 @@ lint: $(CHECK)
 	$(BIN)/mypy
 
 bench: $(CHECK)
-	$(BIN)/python -m experiments.benchmarks.selection
+	$(BIN)/python -m experiments.benchmarks.selection --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.topology_update --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.update_bytes --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.step_time --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.memory --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.host --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.input_pipeline
 
 format: $(CHECK)

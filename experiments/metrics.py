@@ -44,6 +44,11 @@ def _is_of(line: bytes, last_step: float) -> bool:
         return False
 
 
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of a file of JSON objects; NaN and infinities become null."""
+    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+
+
 class JsonLines:
     """A file of one JSON object a line; whoever reads it sees a line once it is written.
 
@@ -79,7 +84,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends `record`; NaN and infinities become null."""
-        self._file.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
+        self._file.write(json_line(record))
         self._file.flush()
 
     def sync(self) -> int:

@@ -1,0 +1,91 @@
+"""The benchmarks on tiny inputs: what they compare is equal, and what they append stays."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import host, measuring, step_time, topology_update
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_results_are_appended_a_line_each(tmp_path, capsys):
+    path = tmp_path / "bench.jsonl"
+    parser = measuring.parser("example", "An example.")
+    for value in (1.0, np.float32(2.5)):
+        argv = ["--json", str(path)] if value == 1.0 else [f"--json={path}"]
+        measuring.append(parser.parse_args(argv), parser, argv, {"ratio": value})
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert (first["ratio"], second["ratio"]) == (1.0, 2.5)
+    for record in (first, second):
+        assert record["benchmark"] == "example"
+        assert record["command"] == "python -m experiments.benchmarks.example"
+        assert record["environment"]["backend"] == "cpu"
+    measuring.append(parser.parse_args([]), parser, [], {})  # nowhere to
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bench.jsonl"]
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--json={tmp_path}"])
+    assert f"{tmp_path} must be a file" in capsys.readouterr().err
+
+
+def test_calls_take_turns():
+    made = []
+    seconds = measuring.alternating(
+        {name: lambda name=name: made.append(name) for name in ("a", "b")}, 3
+    )
+    assert made == ["a", "b"] * 4  # once beforehand
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_both_topology_updates_choose_the_same():
+    shapes = {"a": (3, 3, 8, 16), "b": (40, 24)}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    found = topology_update.compiled(params)
+    arguments = topology_update.random_arguments(params)
+    programs = {name: program for name, (program, _) in found.items()}
+    seconds = topology_update.run(programs, arguments, repeats=2)  # it compares them
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(programs, 2)
+    masks = arguments[1]
+    new = programs["argsort"](*arguments)
+    assert any((new[path] != masks[path]).any() for path in shapes)
+    swapped = {"sparseopt_jax": programs["sparseopt_jax"], "argsort": lambda *_: masks}
+    with pytest.raises(AssertionError):
+        topology_update.run(swapped, arguments, repeats=1)
+
+
+def test_a_step_of_each_method(tmp_path, capsys):
+    path = tmp_path / "bench.jsonl"
+    words = ["--config.model=mlp", "--config.hidden=8", "--config.batch_size=4"]
+    assert step_time.main([*words, "--image_size=8", "--repeats=2", f"--json={path}"]) == 0
+    record = json.loads(path.read_text())
+    ratios = record["ratios"]
+    amortised = ratios["ordinary"] + (ratios["update"] - ratios["ordinary"]) / 100
+    assert ratios["amortised"] == pytest.approx(amortised)
+    assert record["config"]["hidden"] == 8
+    assert f"amortised over 100 steps: {amortised:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.topology=static"], "topology=static must be set or rigl"),
+        (["--config.sparsity=2"], "sparsity"),
+        (["--repeats=0"], "repeats must be at least 1"),
+        (["--config=none.py"], "none.py"),
+    ],
+)
+def test_wrong_arguments_are_named(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        step_time.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_the_state_that_is_dispatched_has_the_arrays_of_the_real_one():
+    state = {"w": jnp.zeros((3, 4)), "mask": jnp.ones((3, 4), bool), "step": jnp.int32(0)}
+    call = host.dispatcher(state)
+    for _ in range(3):
+        assert call() is None
