@@ -27,6 +27,7 @@ from sparseopt_jax.arguments import as_key, check_arguments
 from sparseopt_jax.axes import AxesByPath, check_axes, check_patterns, kernel_axes
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.explored import pack
+from sparseopt_jax.inner_optimizer import copies, each_copy, is_placeholder, reads_masks
 from sparseopt_jax.masks import (
     Distribution,
     Prunable,
@@ -39,7 +40,7 @@ from sparseopt_jax.masks import (
     named_leaves,
     path_str,
 )
-from sparseopt_jax.preconditioner import MissingMasksError, scale_by_fan_in
+from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     SparseTrainingState,
@@ -153,14 +154,14 @@ def sparse_training(
     key_impl = jax.random.key_impl(topology_key)
     inner = optax.with_extra_args_support(inner)
     accumulates = automatic and topology.accumulate_steps > 1
-    reads_masks: list[bool] = []
+    masks_are_read: list[bool] = []
     found_shared: dict[Any, frozenset[Any]] = {}
     initial_masks = masks
 
     def init_fn(params: PyTree) -> SparseTrainingState:
-        if _is_placeholder(params):
+        if is_placeholder(params):
             return _outline(params)
-        weights = _copies(params)[0]
+        weights = copies(params)[0]
         layers = maskable_layers(weights, prunable, batch_axes)
         check_patterns("out_axes", out_axes, named_leaves(weights))
         check_patterns("batch_axes", batch_axes, named_leaves(weights))
@@ -195,7 +196,7 @@ def sparse_training(
             explored=explored,
             grown=jax.tree.map(jnp.zeros_like, explored),
             accumulator=accumulator,
-            inner_state=inner.init(_each_copy(lambda p: apply_masks(p, masks), params)),
+            inner_state=inner.init(each_copy(lambda p: apply_masks(p, masks), params)),
         )
 
     def _outline(placeholder: Any) -> SparseTrainingState:
@@ -263,7 +264,7 @@ def sparse_training(
         state: SparseTrainingState, params: PyTree, grads: PyTree
     ) -> SparseTrainingState:
         _check_fit(state, params, grads)
-        masks, fan_in, explored, grown = updated_topology(state, _copies(params)[0], grads)
+        masks, fan_in, explored, grown = updated_topology(state, copies(params)[0], grads)
         return state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown)
 
     def update_fn(
@@ -292,7 +293,7 @@ def sparse_training(
                 is_update,
                 lambda masks, fan_in, explored, grown: updated_topology(
                     state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown),
-                    _copies(params)[0],
+                    copies(params)[0],
                     scores,
                 ),
                 (masks, fan_in, explored, grown),
@@ -307,12 +308,12 @@ def sparse_training(
                 is_leaf=is_hidden,
             )
 
-        grads, weights = where_active(grads), _each_copy(where_active, params)
+        grads, weights = where_active(grads), each_copy(where_active, params)
         shared, stayed = slots_shared(params), maskable(fan_in, without_grown(masks, grown))
         inner_state = reset_inactive(state.inner_state, inner.init(weights), stayed, shared)
-        if not reads_masks:
-            reads_masks.append(_reads_masks(inner, grads, inner_state, weights, extra))
-        if reads_masks[0]:
+        if not masks_are_read:
+            masks_are_read.append(reads_masks(inner, grads, inner_state, weights, extra))
+        if masks_are_read[0]:
             extra = extra | {"masks": masks, "fan_in": fan_in}
         steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
         if topology.skip_step and is_update is not False:
@@ -324,7 +325,7 @@ def sparse_training(
         def leave(steps: PyTree, weights: PyTree) -> PyTree:
             return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
 
-        return _each_copy(leave, steps, params), SparseTrainingState(
+        return each_copy(leave, steps, params), SparseTrainingState(
             step=optax.safe_increment(state.step),
             key=state.key,
             masks=masks,
@@ -395,25 +396,8 @@ def update_topology(
             f"it, got {type(tx).__name__}"
         )
     state = tx.update_topology(find_state(opt_state), params, grads)
-    params = _each_copy(lambda p: apply_masks(p, state.masks), params)
+    params = each_copy(lambda p: apply_masks(p, state.masks), params)
     return params, replace_state(opt_state, state)
-
-
-def _copies(params: PyTree) -> tuple[PyTree, ...]:
-    """The weights; those that the gradient is taken at first, where an optimizer keeps two."""
-    return tuple(params) if isinstance(params, optax.LookaheadParams) else (params,)
-
-
-def _each_copy(function: Callable[..., PyTree], *params: PyTree) -> PyTree:
-    if isinstance(params[0], optax.LookaheadParams):
-        return optax.LookaheadParams(*map(function, *params))
-    return function(*params)
-
-
-def _is_placeholder(params: PyTree) -> bool:
-    """Whether this is what ``optax.tree.map_params`` puts in the place of parameters."""
-    containers = (dict, list, tuple, type(None))
-    return not jax.tree.leaves(params) and not isinstance(params, containers)
 
 
 def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> None:
@@ -422,7 +406,7 @@ def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> Non
             "opt_state must be a SparseTrainingState as init returns it, "
             f"got {type(state).__name__}"
         )
-    for copy in _copies(params):
+    for copy in copies(params):
         check_masks(state.masks, copy)
     check_masks(state.masks, grads)
 
@@ -434,20 +418,3 @@ def _leave(count: Any, mask: Any, step: Any, weight: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(step.dtype, weight.dtype)
     return jnp.where(mask, step.astype(dtype), -weight.astype(dtype))
-
-
-def _reads_masks(
-    inner: optax.GradientTransformationExtraArgs,
-    grads: PyTree,
-    state: PyTree,
-    params: PyTree,
-    extra: dict[str, Any],
-) -> bool:
-    """Whether the inner chain asks for ``masks``; some transformations reject unknown arguments."""
-    if "masks" in extra:
-        return False
-    try:
-        jax.eval_shape(lambda: inner.update(grads, state, params, **extra))
-    except MissingMasksError:
-        return True
-    return False
