@@ -33,7 +33,7 @@ bench: $(CHECK)
 	$(BIN)/python -m experiments.benchmarks.step_time --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.memory --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.host --json=$(BENCH)
-	$(BIN)/python -m experiments.benchmarks.input_pipeline
+	$(BIN)/python -m experiments.benchmarks.input_pipeline --json=$(BENCH)
 
 format: $(CHECK)
 	$(BIN)/ruff check --fix .

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = (
     "all-reduce",
@@ -172,14 +174,10 @@ def bytes_moved(text: str) -> dict[str, int]:
 
 def _entry(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, opcode and what follows of each operation of the entry computation."""
-    _one_entry([line for line in text.splitlines() if line.startswith("ENTRY ")])
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith("ENTRY "):
-            break
-    for line in lines:
-        if line.startswith("}"):
-            return
+    lines = text.splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("ENTRY ")]
+    _one_entry(starts)
+    for line in itertools.takewhile(lambda line: not line.startswith("}"), lines[starts[0] + 1 :]):
         if operation := _OPERATION.match(line):
             name = line.split(" = ", 1)[0].split()[-1].lstrip("%")
             yield name, operation[1], operation[2], line[operation.end() :]
@@ -189,7 +187,7 @@ def _arrays(result: str) -> list[str]:
     return [found[0] for found in _ARRAY.finditer(result)]
 
 
-def _one_entry(entries: Sequence[str]) -> None:
+def _one_entry(entries: Sequence[Any]) -> None:
     if len(entries) != 1:
         raise ValueError(
             f"text has {len(entries)} entry computations and must have 1: give what "

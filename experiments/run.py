@@ -20,12 +20,15 @@ import numpy as np
 
 from experiments import data, distributed, divergence, workdir
 from experiments.checkpoint import Checkpoints, all_finite
-from experiments.config import Config
+from experiments.config import Config, ConfigError
 from experiments.group import Group, Steps
 from experiments.progress import Progress
 from experiments.record import Place, Record
 from experiments.stepping import bound_in_flight
 from experiments.stopping import StopRequests
+
+STATE_VERSION = 2
+"""The form of the states in checkpoints; 2: explored sets are packed by eighths of an axis."""
 
 
 class StoppedError(Exception):
@@ -170,9 +173,13 @@ class Run:
         """Goes on from the newest good checkpoint; False where there is none."""
 
         def check(notes: Mapping[str, Any]) -> None:
-            workdir.check_same(
-                self._config, notes["config"], f"{self._folder} holds checkpoints of a run"
-            )
+            what = f"{self._folder} holds checkpoints of a run"
+            workdir.check_same(self._config, notes["config"], what)
+            if notes.get("state_version") != STATE_VERSION:
+                raise ConfigError(
+                    f"{what} by an earlier commit, whose optimizer state has another form; finish"
+                    " it with that commit, or give another --workdir"
+                )
 
         found = self._checkpoints.restore(self._shapes(), check)
         if found is None:
@@ -353,7 +360,11 @@ class Run:
         for record in self._records:
             record.sync()
         at.places = [dataclasses.asdict(record.place) for record in self._records]
-        notes = {"config": dataclasses.asdict(self._config), "position": dataclasses.asdict(at)}
+        notes = {
+            "state_version": STATE_VERSION,
+            "config": dataclasses.asdict(self._config),
+            "position": dataclasses.asdict(at),
+        }
         self._checkpoints.save(at.step, self._arrays(), notes, accuracy)
         self._since += time.monotonic() - paused
 

@@ -312,12 +312,12 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
         # Computed anew on each pass: taken out of the loop, as a compiler would like to, the keys
         # take as much memory as the scores.
         own, candidates = lax.optimization_barrier((of, candidates))  # type: ignore[no-untyped-call]
-        counts = _counts(keys(*own), candidates)
-        enough = counts >= k[None]
+        found = _counts(keys(*own), candidates)
+        enough = found >= k[None]
         # Counts fall with the digit: the last that is enough, and the first that is not.
-        for count, is_enough in zip(counts, enough, strict=True):
+        for count, is_enough in zip(found, enough, strict=True):
             reached = jnp.where(is_enough, count, reached)
-        for count, is_enough in zip(counts[::-1], enough[::-1], strict=True):
+        for count, is_enough in zip(found[::-1], enough[::-1], strict=True):
             above = jnp.where(is_enough, above, count)
         digit = jnp.sum(enough, axis=0, dtype=unsigned)
         # The last digit may share bits with the one before; its candidates beyond are not enough.

@@ -84,8 +84,21 @@ def test_wrong_arguments_are_named(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_state_that_is_dispatched_has_the_arrays_of_the_real_one():
-    state = {"w": jnp.zeros((3, 4)), "mask": jnp.ones((3, 4), bool), "step": jnp.int32(0)}
-    call = host.dispatcher(state)
+def test_what_is_dispatched_has_an_array_for_each_of_the_state():
+    state = {"w": jnp.zeros((3, 4)), "mask": jnp.ones((3, 4), bool), "step": jnp.int32(7)}
+    call = host.Dispatcher(state)
     for _ in range(3):
-        assert call() is None
+        call()
+    assert jax.tree.map(lambda leaf: leaf.dtype, call.state) == jax.tree.map(
+        lambda leaf: leaf.dtype, state
+    )
+    assert jax.tree.map(np.asarray, call.state) == {"w": 3.0, "mask": True, "step": 3}
+
+
+def test_every_step_may_update_the_topology(tmp_path):
+    words = ["--config.model=mlp", "--config.hidden=8", "--config.batch_size=4"]
+    words += ["--image_size=8", "--repeats=3", "--config.update_interval=1"]
+    path = tmp_path / "bench.jsonl"
+    assert step_time.main([*words, f"--json={path}"]) == 0
+    ratios = json.loads(path.read_text())["ratios"]
+    assert ratios["amortised"] == pytest.approx(ratios["update"])

@@ -253,6 +253,19 @@ def test_checkpoints_of_another_config_are_refused(whole, tmp_path, capsys):
     assert digests[0] == digests[1]
 
 
+def test_checkpoints_whose_state_has_another_form_are_refused(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(experiments.run, "STATE_VERSION", 1)
+        stop_at(folder, 20)
+    capsys.readouterr()
+    assert run(folder) == 2
+    said = capsys.readouterr().err
+    assert f"{folder / RUN}/checkpoints holds checkpoints of a run by an earlier commit" in said
+    assert "give another --workdir" in said
+    assert saved_steps(folder)[-1] == 20  # it is still there
+
+
 def test_two_runs_in_one_folder(whole, capsys):
     with open(whole / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

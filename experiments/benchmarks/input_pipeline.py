@@ -1,7 +1,7 @@
 """The input pipelines by themselves: streamed JPEGs against tf.data, and images on the device.
 
     python -m experiments.benchmarks.input_pipeline [--images=N] [--seconds=S] [--repeats=N]
-        [--workers=1,2,4] [--output=FILE]
+        [--workers=1,2,4] [--plot=FILE] [--json=FILE]
 
 Streamed: JPEGs of ImageNet's typical size (500x375, about 110 KB, textured, made here) in class
 folders; random resized crops to 224x224, flipped, in batches of 64. tf.data does the same on the
@@ -15,7 +15,6 @@ model, against the training step of ResNet-20 on one of those batches.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -30,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import data, metrics, programs
+from experiments import data, programs
 from experiments import mesh as meshes
+from experiments.benchmarks import measuring
 from experiments.config import Config
 from experiments.data import on_device, sources, streaming
 
@@ -217,12 +217,15 @@ def draw(rates: dict[str, float], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.input_pipeline")
+    parser = measuring.parser(
+        "input_pipeline", "Streamed JPEGs against tf.data; the device's images."
+    )
     parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each pipeline")
     parser.add_argument("--workers", default="1,2,3,4", help="numbers of threads or processes")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file; a plot goes beside it")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="PNG of the rates")
+    argv = sys.argv[1:] if argv is None else argv
     asked = parser.parse_args(argv)
     workers = [int(word) for word in asked.workers.split(",") if word.isdigit()]
     if min(asked.images // BATCH, asked.repeats, *workers, len(workers)) < 1 or asked.seconds <= 0:
@@ -246,21 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" {device['epoch_seconds_without_model']:.2f} s,"
         f" {device['share_of_training']:.2%} of ResNet-20's training steps"
     )
-    if asked.output:
-        command = (
-            f"{parser.prog} --images={asked.images} --seconds={asked.seconds:g}"
-            f" --repeats={asked.repeats} --workers={asked.workers}"
-        )
-        record = {
-            "command": command,
-            "jpeg_bytes": size,
-            "images_per_second": rates,
-            "ratio": ratios,
-            "on_device": device,
-            "environment": metrics.environment(),
-        }
-        metrics.write_json(asked.output, record)
-        draw(rates, asked.output.with_suffix(".png"))
+    if asked.plot:
+        draw(rates, asked.plot)
+    result = {
+        "jpeg_bytes": size, "images_per_second": rates, "ratio": ratios, "on_device": device
+    }  # fmt: skip
+    measuring.append(asked, parser, argv, result)
     return 0
 
 

@@ -128,10 +128,10 @@ def resnet50_params() -> Any:
     return jax.eval_shape(lambda: init(jnp.zeros((1, 224, 224, 3))))["params"]
 
 
-def kernel_shapes(params: Any) -> list[tuple[int, ...]]:
-    """Shapes of the kernels that can be sparse, one for each kernel."""
-    leaves = metrics.path_leaves(params)
-    return [leaf.shape for path, leaf in leaves.items() if sx.default_prunable(path, leaf)]
+def kernels(tree: Any) -> dict[str, Any]:
+    """The leaves that can be sparse, by path."""
+    leaves = metrics.path_leaves(tree)
+    return {path: leaf for path, leaf in leaves.items() if sx.default_prunable(path, leaf)}
 
 
 def optimizer(topology: Any = None, sparsity: float = 0.9) -> optax.GradientTransformation:

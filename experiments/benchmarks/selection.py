@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.repeats < 1 or not 0 < asked.keep < 1:
         parser.error("--repeats must be at least 1 and --keep in (0, 1)")
 
-    shapes = collections.Counter(measuring.kernel_shapes(measuring.resnet50_params()))
+    kernels = measuring.kernels(measuring.resnet50_params())
+    shapes = collections.Counter(leaf.shape for leaf in kernels.values())
     rows, totals = [], {"top_k_mask": 0.0, "argsort": 0.0}
     print(f"{'kernel':>20} {'count':>5} {'argsort ms':>11} {'top_k_mask ms':>13} {'ratio':>6}")
     for shape, count in sorted(shapes.items(), key=lambda item: np.prod(item[0])):

@@ -26,7 +26,6 @@ import numpy as np
 
 import sparseopt_jax as sx
 from experiments import mesh as meshes
-from experiments import metrics
 from experiments.benchmarks import measuring
 from experiments.benchmarks.selection import argsort_mask
 
@@ -53,12 +52,6 @@ def argsort_update(key: jax.Array, masks: Any, params: Any, grads: Any) -> Any:
 
 
 UPDATES: Mapping[str, Callable[..., Any]] = {"sparseopt_jax": update, "argsort": argsort_update}
-
-
-def kernels(tree: Any) -> Any:
-    """Only the leaves that can be sparse."""
-    leaves = metrics.path_leaves(tree)
-    return {path: leaf for path, leaf in leaves.items() if sx.default_prunable(path, leaf)}
 
 
 def compiled(params: Any, device: Any = None) -> dict[str, tuple[Any, dict[str, float]]]:
@@ -119,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.repeats < 1:
         parser.error(f"--repeats={asked.repeats} must be at least 1")
     device = measuring.tpu(parser, asked.topology)
-    params = kernels(measuring.resnet50_params())
+    params = measuring.kernels(measuring.resnet50_params())
     print(f"{len(params)} kernels, {measuring.size(params) // 4:,} weights")
     found = compiled(params, device)
     costs = {name: cost for name, (_, cost) in found.items()}
