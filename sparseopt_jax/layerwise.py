@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sparseopt_jax.axes import AxesByPath, axes_of_stack, from_layers, to_layers
+from sparseopt_jax.axes import (
+    AxesByPath,
+    axes_of_stack,
+    from_layers,
+    layer_shape,
+    layers_of,
+    to_layers,
+)
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import check_masks, path_str
 from sparseopt_jax.selection import Stacks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
+
+# Layers of equal shape are stacked up to this size: each shape adds to the time of compilation,
+# and each stack is a copy.
+_LARGEST_STACKED = 2**18
 
 
 def update_layerwise(
@@ -26,7 +39,10 @@ def update_layerwise(
     scores: PyTree,
     batch_axes: AxesByPath,
 ) -> PyTree:
-    """Apply ``update_layers`` to the leaves as stacks of layers, (layers, *shape) each."""
+    """Apply ``update_layers`` to the leaves as stacks of layers, (layers, *shape) each.
+
+    Small layers of equal shape share a stack; a leaf of large ones is a stack of its own.
+    """
     check_masks(masks, params)
     if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError(
@@ -47,19 +63,37 @@ def update_layerwise(
     if not leaves:
         return masks
 
+    groups = _alike(*trees, batches)
+
     def update(key: Array, step: Array, trees: Any) -> list[Array]:
-        layers = [
-            tuple(to_layers(jnp.asarray(array), batch) for array in arrays)
-            for *arrays, batch in zip(*trees, batches, strict=True)
-        ]
-        stacks = [list(kind) for kind in zip(*layers, strict=True)]
+        stacks = []
+        for arrays in trees:
+            layers = [to_layers(jnp.asarray(a), b) for a, b in zip(arrays, batches, strict=True)]
+            stacks.append([jnp.concatenate([layers[i] for i in group]) for group in groups])
+        found: dict[int, Array] = {}
+        for group, stack in zip(groups, update_layers(key, step, *stacks), strict=True):
+            ends = np.cumsum([layers_of(leaves[i].shape, batches[i]) for i in group])
+            found.update(zip(group, jnp.split(stack, ends[:-1]), strict=True))
         return [
-            from_layers(new, leaf.shape, batch)
-            for new, leaf, batch in zip(
-                update_layers(key, step, *stacks), leaves, batches, strict=True
-            )
+            from_layers(found[i], leaf.shape, batch)
+            for i, (leaf, batch) in enumerate(zip(leaves, batches, strict=True))
         ]
 
     return jax.tree.unflatten(
         structure, in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)
     )
+
+
+def _alike(
+    masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any], batches: Sequence[Any]
+) -> list[list[int]]:
+    """The numbers of the leaves, those of small layers together with others of their kind."""
+    groups: dict[Any, list[int]] = {}
+    for i, (mask, weight, score, batch) in enumerate(
+        zip(masks, params, scores, batches, strict=True)
+    ):
+        shape = layer_shape(mask.shape, batch)
+        kind = shape, jnp.result_type(weight), jnp.result_type(score)
+        small = math.prod(shape) <= _LARGEST_STACKED
+        groups.setdefault(kind if small else i, []).append(i)
+    return list(groups.values())

@@ -1,10 +1,11 @@
 """Exact top-k masks of an array of any shape, without a sort, a flatten or a gather.
 
-Scores are mapped to integers of the same order, and the k-th largest is found three bits at a time:
-each pass counts the scores that reach each of seven candidates. That is elementwise work and sums,
+Scores are mapped to integers of the same order, and the k-th largest is found two bits at a time:
+each pass counts the scores that reach each of three candidates. That is elementwise work and sums,
 so it runs on a sharded array and communicates counts only, and the mask does not depend on how the
-array is laid out over devices. It takes at most 11 passes for 32 bits, and ends earlier where
-exactly k scores reach the threshold; nothing of the array's size is kept between them.
+array is laid out over devices. It takes at most 16 passes for 32 bits, and ends earlier where
+exactly k scores reach the threshold; nothing of the array's size is kept between them. Three
+bits a pass would run a little faster, and compile longer: that goes with the size of the program.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from jax import lax
 Array: TypeAlias = jax.Array
 Stacks: TypeAlias = list[Array]
 
-_ROUNDS = 3
-_BITS = 3
+_BITS = 2
 _INT32_MAX = 2**31 - 1
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -92,7 +92,7 @@ def random_mask(key: Array, shape: tuple[int, ...], k: Any, where: Array | None 
     return random_masks(key, ((1, *shape),), k[None], only)[0][0]
 
 
-@partial(jax.jit, static_argnames=("by_magnitude", "without"))
+@partial(jax.jit, static_argnames="by_magnitude")
 def top_k_masks(
     scores: Stacks,
     k: Array,
@@ -100,7 +100,6 @@ def top_k_masks(
     where: Stacks | None = None,
     *,
     by_magnitude: bool = False,
-    without: bool = False,
 ) -> Stacks:
     """``top_k_mask`` of many arrays in one search.
 
@@ -110,43 +109,59 @@ def top_k_masks(
       key: as in ``top_k_mask``.
       where: bool stacks of the shapes of ``scores``, or None.
       by_magnitude: rank absolute values.
-      without: whether ``where`` says what can not be chosen.
 
     Returns:
       Bool stacks of the shapes of ``scores``.
     """
-    unsigned = _UNSIGNED[max(4, *(array.dtype.itemsize for array in scores))]
-    shapes = tuple(array.shape for array in scores)
-    words = None if key is None else _random_words(key, shapes)
+    to_bits = _magnitude_bits if by_magnitude else _ordered_bits
+    unsigned = _widest(scores)
 
     def bits(scores: Stacks, where: Stacks | None) -> Stacks:
-        found = [_ordered_bits(jnp.abs(a) if by_magnitude else a) for a in scores]
-        return _only(where, [a.astype(unsigned) for a in found], without)
+        return _only(where, [to_bits(a).astype(unsigned) for a in scores])
 
-    def ranks(words: Array | None, zero: Array) -> Stacks:
-        if words is None:
-            return _reversed_indices(shapes, zero)
-        return _shuffled_indices(words, shapes, zero)
+    return _largest(bits, (scores, where), k, key)
 
-    def tied(
-        scores: Stacks, where: Stacks | None, level: Array, words: Array | None, zero: Array
-    ) -> Stacks:
-        return _only([a == t for a, t in _paired(bits(scores, where), level)], ranks(words, zero))
 
-    level, reached, above = _search(bits, (scores, where), k)
-    # Among equal scores at the threshold the search goes on by rank; where there is nothing to
-    # choose it ends at once, and all ranks will do.
-    choose = (reached > k) & (level > 0)
-    zero = jnp.uint32(0)
-    of = scores, where, level, words, zero
-    rank, _, _ = _search(tied, of, jnp.where(choose, k - above, 0))
-    rank = jnp.where(choose, rank, 0)
-    # What is no candidate has the bits 0, and does not reach 1.
-    keys = _paired(bits(scores, where), jnp.maximum(level, 1))
-    return [
-        (a > t) | ((a == t) & (b >= r))
-        for (a, t), (b, r) in zip(keys, _paired(ranks(words, zero), rank), strict=True)
-    ]
+@jax.jit
+def drop_and_grow(
+    key: Array, masks: Stacks, weights: Stacks, scores: Stacks, n_active: Array, n_drop: Array
+) -> Stacks:
+    """Masks in which the smallest weights have given way to the largest scores.
+
+    That is ``top_k_masks`` of the weights' magnitudes among ``masks``, and then of the scores'
+    among all others, what was dropped included. Both go through one search, as two passes of a
+    loop, which compiles in half the time of two searches.
+
+    Args:
+      key: a JAX random key, for ties.
+      masks: bool stacks of arrays of one shape, each (n, *shape); N arrays in all.
+      weights: floating stacks of these shapes.
+      scores: likewise.
+      n_active: int32 (N,), how many are True in each of ``masks``.
+      n_drop: int32 (N,), how many of them are to be others.
+
+    Returns:
+      Bool stacks of these shapes.
+    """
+    unsigned = _widest([*weights, *scores])
+    keys = jax.random.split(key)
+
+    def bits(masks: Stacks, weights: Stacks, scores: Stacks, growing: Array) -> Stacks:
+        ranked = [
+            jnp.where(
+                growing, _magnitude_bits(s).astype(unsigned), _magnitude_bits(w).astype(unsigned)
+            )
+            for w, s in zip(weights, scores, strict=True)
+        ]
+        return _only([m ^ growing for m in masks], ranked)
+
+    def stage(i: Array, masks: Stacks) -> Stacks:
+        growing = i > 0
+        k = jnp.where(growing, n_drop, n_active - n_drop)
+        chosen = _largest(bits, (masks, weights, scores, growing), k, keys[i])
+        return [c | (m & growing) for m, c in zip(masks, chosen, strict=True)]
+
+    return lax.fori_loop(0, 2, stage, masks)
 
 
 @partial(jax.jit, static_argnames=("shapes", "without"))
@@ -164,9 +179,53 @@ def random_masks(
     def ranks(where: Stacks | None, words: Array, zero: Array) -> Stacks:
         return _only(where, _shuffled_indices(words, shapes, zero), without)
 
-    of = where, words, jnp.uint32(0)
-    threshold, _, _ = _search(ranks, of, k)
-    return [a >= t for a, t in _paired(ranks(*of), jnp.maximum(threshold, 1))]
+    words, k, zero = _where_read((words, k, jnp.uint32(0)))
+    threshold, _, _ = _search(ranks, (where, words, zero), k)
+    # A rank may be 0, as what is no candidate is, or all ones, as the threshold at k = 0.
+    found = _paired(ranks(None, words, zero), threshold, k > 0)
+    chosen = [(a >= t) & is_any for a, t, is_any in found]
+    return _only(where, chosen, without)
+
+
+def _largest(keys: Callable[..., Stacks], of: Any, k: Array, key: Array | None) -> Stacks:
+    """Bool stacks, True at the ``k`` (N,) largest of ``keys(*of)``; never where a key is 0."""
+    shapes = tuple(a.shape for a in jax.eval_shape(keys, *of))
+    words = None if key is None else _random_words(key, shapes)
+    of, words, k, zero = _where_read((of, words, k, jnp.uint32(0)))
+
+    def ranks(words: Array | None, zero: Array) -> Stacks:
+        if words is None:
+            return _reversed_indices(shapes, zero)
+        return _shuffled_indices(words, shapes, zero)
+
+    def tied(of: Any, level: Array, words: Array | None, zero: Array) -> Stacks:
+        return _only([a == t for a, t in _paired(keys(*of), level)], ranks(words, zero))
+
+    level, reached, above = _search(keys, of, k)
+    # Among equal keys at the threshold the search goes on by rank; where there is nothing to
+    # choose it ends at once, and all ranks will do.
+    choose = (reached > k) & (level > 0)
+    rank, _, _ = _search(tied, (of, level, words, zero), jnp.where(choose, k - above, 0))
+    rank = jnp.where(choose, rank, 0)
+    found = _paired(keys(*of), jnp.maximum(level, 1), rank)
+    return [
+        (a > t) | ((a == t) & (b >= r))
+        for (a, t, r), b in zip(found, ranks(words, zero), strict=True)
+    ]
+
+
+def _where_read(values: Any) -> Any:
+    """The values, as if they were new on each pass of a loop that any of them changes in.
+
+    What is computed from them is then computed where it is read. Taken out of the loop, as a
+    compiler would like to, keys and ranks take as much memory as the scores.
+    """
+    return lax.optimization_barrier(values)  # type: ignore[no-untyped-call]
+
+
+def _widest(scores: Stacks) -> Any:
+    """The unsigned type that takes the bits of all of them."""
+    return _UNSIGNED[max(4, *(array.dtype.itemsize for array in scores))]
 
 
 def _checked_scores(scores: Any) -> Array:
@@ -219,6 +278,18 @@ def _only(where: Stacks | None, keys: Stacks, without: bool = False) -> Stacks:
     return [a * (w ^ without).astype(a.dtype) for w, a in zip(where, keys, strict=True)]
 
 
+@jax.jit
+def _magnitude_bits(scores: Array) -> Array:
+    """Likewise, the magnitudes of floats: NaN to 1, everything else above."""
+    width = scores.dtype.itemsize * 8
+    unsigned = _UNSIGNED[scores.dtype.itemsize]
+    magnitude = lax.bitcast_convert_type(scores, unsigned) & unsigned((1 << (width - 1)) - 1)
+    inf = unsigned(np.array(np.inf, scores.dtype).view(np.dtype(unsigned)))
+    ordered = jnp.where(magnitude > inf, unsigned(1), magnitude + unsigned(2))
+    return ordered if width == 64 else ordered.astype(jnp.uint32)
+
+
+@jax.jit
 def _ordered_bits(scores: Array) -> Array:
     """Map floats to unsigned integers of the same order: NaN to 1, everything else above.
 
@@ -244,10 +315,8 @@ def _flat_index(shape: tuple[int, ...], zero: Array) -> Array:
     a loop takes no index out either.
     """
     index = jnp.broadcast_to(zero, shape)
-    stride = 1
-    for axis in reversed(range(1, len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * (jnp.uint32(stride) + zero)
-        stride *= shape[axis]
+    for axis in range(1, len(shape)):
+        index = index * shape[axis] + lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
 
 
@@ -257,40 +326,44 @@ def _reversed_indices(shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
 
 
 def _random_words(key: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
-    """Two for each array and round, (N, rounds, 2) uint32."""
-    arrays = sum(shape[0] for shape in shapes)
-    return jax.random.bits(key, (arrays * _ROUNDS * 2,), jnp.uint32).reshape(arrays, _ROUNDS, 2)
+    """Two for each array, uint32 (2, N)."""
+    return jax.random.bits(key, (2, sum(shape[0] for shape in shapes)), jnp.uint32)
 
 
 def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
-    """Distinct random ranks: a random bijection of the 31-bit integers, applied to the flat index.
+    """Distinct random ranks: a random bijection of the 32-bit integers, applied to the flat index.
 
     Adding a constant, xoring a number with its own upper half and multiplying by an odd number are
     each invertible modulo a power of two, so no two positions share a rank, which random bits
-    would not promise. Each array and each of the rounds has its own random words.
+    would not promise. Each array has its own random summand and multiplier; what follows is the
+    finalizer of MurmurHash3. (With it alone, some pairs of positions are chosen together 0.6 %
+    too often.)
     """
-    stacks, start = [], 0
+    return [_shuffled(*own, shape, zero) for shape, *own in _with_own(shapes, *words)]
+
+
+@partial(jax.jit, static_argnames="shape")
+def _shuffled(summand: Array, multiplier: Array, shape: tuple[int, ...], zero: Array) -> Array:
+    ranks = (_flat_index(shape, zero) + summand) * (multiplier | 1)
+    ranks = (ranks ^ (ranks >> 16)) * jnp.uint32(0x85EBCA6B)
+    ranks = (ranks ^ (ranks >> 13)) * jnp.uint32(0xC2B2AE35)
+    return ranks ^ (ranks >> 16)
+
+
+def _paired(stacks: Stacks, *numbers: Array) -> list[tuple[Array, ...]]:
+    """Each stack with its arrays' numbers, in shapes that broadcast against it."""
+    own = _with_own([a.shape for a in stacks], *numbers)
+    return [(a, *of_stack) for a, (_, *of_stack) in zip(stacks, own, strict=True)]
+
+
+def _with_own(shapes: Sequence[tuple[int, ...]], *numbers: Array) -> list[tuple[Any, ...]]:
+    """Each shape with its arrays' numbers (N,), as (n, 1, ...)."""
+    found, start = [], 0
     for shape in shapes:
-        own = words[start : start + shape[0]].reshape(shape[0], *[1] * (len(shape) - 1), _ROUNDS, 2)
+        own = slice(start, start + shape[0])
         start += shape[0]
-        ranks = _flat_index(shape, zero)
-        for i in range(_ROUNDS):
-            ranks = (ranks + own[..., i, 0]) & _INT32_MAX
-            ranks = ranks ^ (ranks >> 16)
-            ranks = (ranks * (own[..., i, 1] | 1)) & _INT32_MAX
-            ranks = ranks ^ (ranks >> 15)
-        stacks.append(ranks + 1)
-    return stacks
-
-
-def _paired(stacks: Stacks, numbers: Array) -> list[tuple[Array, Array]]:
-    """Each stack with its arrays' numbers, in a shape that broadcasts against it."""
-    pairs, start = [], 0
-    for a in stacks:
-        own = numbers[start : start + a.shape[0]]
-        pairs.append((a, own.reshape(-1, *[1] * (a.ndim - 1))))
-        start += a.shape[0]
-    return pairs
+        found.append((shape, *(n[own].reshape(-1, *[1] * (len(shape) - 1)) for n in numbers)))
+    return found
 
 
 def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Array, Array]:
@@ -307,22 +380,16 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
 
     def narrow(state: Any) -> Any:
         threshold, reached, above, shift = state
-        digits = jnp.arange(1, 2**_BITS, dtype=unsigned)[:, None]
-        candidates = threshold[None] + (digits << shift.astype(unsigned))
-        # Computed anew on each pass: taken out of the loop, as a compiler would like to, the keys
-        # take as much memory as the scores.
-        own, candidates = lax.optimization_barrier((of, candidates))  # type: ignore[no-untyped-call]
-        found = _counts(keys(*own), candidates)
-        enough = found >= k[None]
+        own, start, place = _where_read((of, threshold, shift))
+        found = _counts(keys(*own), start, place.astype(unsigned))
+        digit = jnp.zeros(k.shape, unsigned)
         # Counts fall with the digit: the last that is enough, and the first that is not.
-        for count, is_enough in zip(found, enough, strict=True):
-            reached = jnp.where(is_enough, count, reached)
-        for count, is_enough in zip(found[::-1], enough[::-1], strict=True):
-            above = jnp.where(is_enough, above, count)
-        digit = jnp.sum(enough, axis=0, dtype=unsigned)
-        # The last digit may share bits with the one before; its candidates beyond are not enough.
-        following = jnp.where(shift > 0, jnp.maximum(shift - _BITS, 0), -1)
-        return threshold + (digit << shift.astype(unsigned)), reached, above, following
+        for count in found:
+            reached = jnp.where(count >= k, count, reached)
+            digit += (count >= k).astype(unsigned)
+        for count in found[::-1]:
+            above = jnp.where(count >= k, above, count)
+        return threshold + (digit << shift.astype(unsigned)), reached, above, shift - _BITS
 
     def is_open(state: Any) -> Array:
         _, reached, _, shift = state
@@ -338,15 +405,22 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
     return jnp.where(k > 0, threshold, ~unsigned.type(0)), reached, above
 
 
-def _counts(stacks: Stacks, thresholds: Array) -> Array:
-    """How many numbers of each array reach each of its thresholds (M, N): int32 (M, N)."""
-    found, start = [], 0
-    for a in stacks:
-        own = thresholds[:, start : start + a.shape[0]]
-        reach = [a >= t.reshape(-1, *[1] * (a.ndim - 1)) for t in own]
-        found.append(jnp.stack(counts(*reach)))
-        start += a.shape[0]
-    return jnp.concatenate(found, axis=1)
+def _counts(stacks: Stacks, thresholds: Array, shift: Array) -> list[Array]:
+    """How many numbers of each array reach its threshold (N,) with 1, 2, ... added at a place.
+
+    Returns:
+      int32 (N,) for each digit that may be added.
+    """
+    found = []
+    for a, t in _paired(stacks, thresholds):
+        found.append(_count_digits(a, t, shift))
+    return [jnp.concatenate(of_digit) for of_digit in zip(*found, strict=True)]
+
+
+@jax.jit
+def _count_digits(a: Array, t: Array, shift: Array) -> list[Array]:
+    digit = (jnp.maximum(a, t) - t) >> shift
+    return counts(*(digit >= i for i in range(1, 2**_BITS)))
 
 
 def counts(*conditions: Array) -> list[Array]:

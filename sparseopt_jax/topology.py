@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.layerwise import update_layerwise
-from sparseopt_jax.selection import Stacks, counts, random_masks, top_k_masks
+from sparseopt_jax.selection import Stacks, counts, drop_and_grow, random_masks, top_k_masks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -164,10 +164,10 @@ class _Scheduled:
         """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
         return self.is_update_step(step)
 
-    def _drop_smallest(
-        self, key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
-    ) -> tuple[Stacks, Array]:
-        """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not.
+    def _numbers(
+        self, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+    ) -> tuple[Array, Array]:
+        """How many weights of each layer are active, and how many of them to drop, both (N,).
 
         floor(fraction * n_active) are dropped, in integer arithmetic; none of a layer with a weight
         or score that is not finite.
@@ -178,7 +178,13 @@ class _Scheduled:
         ]
         n_active, n_not_finite = (jnp.concatenate(kind) for kind in zip(*found, strict=True))
         n_drop = _millionths_of(self._drop_millionths(step), n_active)
-        n_drop = jnp.where(n_not_finite > 0, 0, n_drop)
+        return n_active, jnp.where(n_not_finite > 0, 0, n_drop)
+
+    def _drop_smallest(
+        self, key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+    ) -> tuple[Stacks, Array]:
+        """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not."""
+        n_active, n_drop = self._numbers(step, masks, weights, scores)
         kept = top_k_masks(weights, n_active - n_drop, key, masks, by_magnitude=True)
         return kept, n_drop
 
@@ -363,10 +369,8 @@ class RigL(_Scheduled):
         def update_layers(
             key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
         ) -> Stacks:
-            drop_key, grow_key = jax.random.split(key)
-            kept, n_drop = self._drop_smallest(drop_key, step, masks, weights, scores)
-            grown = top_k_masks(scores, n_drop, grow_key, kept, by_magnitude=True, without=True)
-            return _grown(kept, grown)
+            numbers = self._numbers(step, masks, weights, scores)
+            return drop_and_grow(key, masks, weights, scores, *numbers)
 
         return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 

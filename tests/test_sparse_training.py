@@ -118,13 +118,13 @@ def test_drop_and_regrow_in_one_update_keeps_weight_and_momentum():
 
     fraction 0.9 / 2 * (1 + cos(0)) = 0.9 at step 0: floor(1.8) = 1 is dropped.
     """
-    tx = make_tx(
-        optax.sgd(0.5, 0.5),
-        sx.RigL(interval=100, drop_fraction=0.9, end_step=100, begin_step=0),
-        sx.ERK(0.5),
-    )
     params = {"kernel": jnp.array([[1.0, 2.0], [0.0, 0.0]])}
-    opt_state = sx.set_masks(tx.init(params), {"kernel": params["kernel"] != 0})
+    tx = sx.sparse_training(
+        optax.sgd(0.5, 0.5),
+        topology=sx.RigL(interval=100, drop_fraction=0.9, end_step=100, begin_step=0),
+        masks={"kernel": params["kernel"] != 0},
+    )
+    opt_state = tx.init(params)
     trace = opt_state.inner_state[0]._replace(trace={"kernel": jnp.array([[4.0, 8.0], [0, 0]])})
     opt_state = opt_state._replace(inner_state=(trace, *opt_state.inner_state[1:]))
     grads = {"kernel": jnp.array([[6.0, 0.0], [5.0, 1.0]])}
@@ -320,7 +320,7 @@ def test_a_mapped_step_searches_within_the_loop_only():
     equations = jax.make_jaxpr(jax.vmap(tx.update))(copies, opt_state, copies).eqns
     loops = [str(e) for e in equations if e.primitive.name == "while"]
     others = [str(e) for e in equations if e.primitive.name != "while"]
-    assert ["name=top_k_masks" in text for text in loops] == [True]
+    assert ["name=drop_and_grow" in text for text in loops] == [True]
     assert not any("top_k" in text or "while[" in text for text in others)
 
 
