@@ -174,6 +174,7 @@ def method_functions(
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (logits, changed.get("batch_stats", {}))
 
+    @jax.named_scope("optimizer")  # for profiles
     def apply(params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any, jax.Array]:
         updates, new_opt_state = tx.update(gradient, opt_state, params)
         # The norm is that of the active weights' gradient, by the masks the loss was taken with.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import host, measuring, step_time, topology_update
+from experiments.benchmarks import host, measuring, profiles, step_time, topology_update
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -67,6 +67,35 @@ def test_a_step_of_each_method(tmp_path, capsys):
     assert ratios["amortised"] == pytest.approx(amortised)
     assert record["config"]["hidden"] == 8
     assert f"amortised over 100 steps: {amortised:.4f}" in capsys.readouterr().out
+    for spent in record["profile_ms"].values():
+        assert list(spent) == ["forward", "backward", "optimizer", "other"]
+        assert all(spent[part] > 0 for part in ("forward", "backward", "optimizer"))
+
+
+def test_parts_of_a_program():
+    """What the compiler left without a name is of what it is fused from, or of its operands."""
+    text = """HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (param_0: f32[8]) -> f32[8] {
+  %param_0 = f32[8]{0} parameter(0)
+  ROOT %dot.1 = f32[8]{0} add(%param_0, %param_0), metadata={op_name="jit(step)/jvp(MLP)/add"}
+}
+
+ENTRY %main (state.1: f32[8]) -> f32[8] {
+  %state.1 = f32[8]{0} parameter(0), metadata={op_name="state"}
+  %copy.1 = f32[8]{0} copy(%state.1)
+  %fusion.1 = f32[8]{0} fusion(%copy.1), kind=kLoop, calls=%fused_computation.1
+  %tanh.2 = f32[8]{0} tanh(%fusion.1), metadata={op_name="jit(step)/transpose(jvp(MLP))/tanh"}
+  %copy.2 = f32[8]{0} copy(%tanh.2), backend_config={"outer_dimension_partitions":[]}
+  %add.3 = f32[8]{0} add(%copy.2, %state.1), metadata={op_name="jit(step)/optimizer/add"}
+  ROOT %custom.4 = f32[8]{0} custom-call(%fusion.1, %add.3), custom_call_target="x"
+}
+"""
+    assert profiles.operations(text) == {
+        "param_0": "other", "dot.1": "forward", "state.1": "other", "copy.1": "other",
+        "fusion.1": "forward", "tanh.2": "backward", "copy.2": "backward", "add.3": "optimizer",
+        "custom.4": "optimizer",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,19 @@ By default ResNet-20 on images of 32x32, batches of 128; for a GPU
 `--config=experiments/configs/imagenet_resnet50.py --image_size=224 --config.batch_size=256`. Both
 programs are those that training compiles: dense with SGD, sparse with the config's optimizer and
 topology. They take turns on the same random batch, and medians are of ratios. A step that updates
-the topology is timed by itself, and counts once in `update_interval` steps. `--trace` writes a
-profile of one step of each for TensorBoard or Perfetto.
+the topology is timed by itself, and counts once in `update_interval` steps. A profile says in which
+part of a step the time goes; `--trace` keeps it for TensorBoard or Perfetto.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ import numpy as np
 
 from experiments import command_line, programs
 from experiments import mesh as meshes
-from experiments.benchmarks import measuring
+from experiments.benchmarks import measuring, profiles
 from experiments.config import Config, ConfigError
 from experiments.functions import method_functions, model_functions
 
@@ -51,6 +53,7 @@ class Training:
         model = model_functions(config, images)
         method = method_functions(config, images, model)
         self._step = programs.lower_step(model, method, images.mesh).compile()
+        self.text: str = self._step.as_text()
         seed = np.int32(0)
         self._state = jax.jit(method.start)(*jax.jit(model.init)(seed), seed)
         rng = np.random.default_rng(0)
@@ -95,6 +98,19 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any, Config]:
     return parser, asked, config
 
 
+def profile(
+    training: Mapping[str, Training], steps: int, folder: pathlib.Path | None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds by part of ordinary steps of each; see `profiles.profile`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = {}
+        for name, one in training.items():
+            step = functools.partial(one.step, None if name == "dense" else 0)
+            into = (folder or pathlib.Path(scratch)) / name
+            found[name] = profiles.profile(step, steps, one.text, into)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -119,14 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"dense step {1e3 * dense:.1f} ms (median of {asked.repeats})")
     print(f"over it: a sparse step {ordinary:.4f}, one that updates the topology {update:.3f}")
     print(f"amortised over {config.update_interval} steps: {amortised:.4f}")
-    if asked.trace is not None:
-        for name, one in training.items():
-            with jax.profiler.trace(str(asked.trace / name)):
-                jax.block_until_ready(one.step())  # type: ignore[no-untyped-call]
+    profiled = profile(training, asked.repeats, asked.trace)
+    print("ms of a step by part, over all threads: " + ", ".join(profiles.PARTS))
+    for name, spent in profiled.items():
+        print(f"{name:>7}: " + ", ".join(f"{spent[part]:.2f}" for part in profiles.PARTS))
     result = {
         "config": dataclasses.asdict(config),
         "dense_seconds": dense,
         "ratios": {"ordinary": ordinary, "update": update, "amortised": amortised},
+        "profile_ms": profiled,
     }
     measuring.append(asked, parser, argv, result)
     return 0
