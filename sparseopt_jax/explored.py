@@ -10,6 +10,7 @@ to three bits a weight.
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -42,14 +43,11 @@ def pack(mask: Array) -> Array:
     shape = list(mask.shape)
     shape[axis] = -(-shape[axis] // 8)
 
-    padding = [(0, 0)] * mask.ndim
-    padding[axis] = (0, 8 * shape[axis] - mask.shape[axis])
-
     def packed(mask: Array) -> Array:
-        planes = jnp.pad(mask.astype(jnp.uint8), padding)
-        planes = planes.reshape(*shape[:axis], 8, *shape[axis:])
-        placed = planes << lax.broadcasted_iota(jnp.uint8, planes.shape, axis)
-        return jnp.sum(placed, axis=axis, dtype=jnp.uint8)
+        padding = [(0, 0)] * mask.ndim
+        padding[axis] = (0, 8 * shape[axis] - mask.shape[axis])
+        planes = jnp.split(jnp.pad(mask.astype(jnp.uint8), padding), 8, axis)
+        return functools.reduce(jnp.bitwise_or, [p << bit for bit, p in enumerate(planes)])
 
     result = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8)  # type: ignore[no-untyped-call]
     return in_auto_mode(packed, mask, result)(mask)

@@ -176,13 +176,13 @@ def random_masks(
     """``random_mask`` of many arrays in one search; arguments as those of ``top_k_masks``."""
     words = _random_words(key, shapes)
 
-    def ranks(where: Stacks | None, words: Array, zero: Array) -> Stacks:
-        return _only(where, _shuffled_indices(words, shapes, zero), without)
+    def ranks(where: Stacks | None, words: Array) -> Stacks:
+        return _only(where, _shuffled_indices(words, shapes), without)
 
-    words, k, zero = _where_read((words, k, jnp.uint32(0)))
-    threshold, _, _ = _search(ranks, (where, words, zero), k)
+    words, k = _where_read((words, k))
+    threshold, _, _ = _search(ranks, (where, words), k)
     # A rank may be 0, as what is no candidate is, or all ones, as the threshold at k = 0.
-    found = _paired(ranks(None, words, zero), threshold, k > 0)
+    found = _paired(ranks(None, words), threshold, k > 0)
     chosen = [(a >= t) & is_any for a, t, is_any in found]
     return _only(where, chosen, without)
 
@@ -190,27 +190,25 @@ def random_masks(
 def _largest(keys: Callable[..., Stacks], of: Any, k: Array, key: Array | None) -> Stacks:
     """Bool stacks, True at the ``k`` (N,) largest of ``keys(*of)``; never where a key is 0."""
     shapes = tuple(a.shape for a in jax.eval_shape(keys, *of))
-    words = None if key is None else _random_words(key, shapes)
-    of, words, k, zero = _where_read((of, words, k, jnp.uint32(0)))
+    start = jnp.uint32(0) if key is None else _random_words(key, shapes)
+    of, k, start = _where_read((of, k, start))
 
-    def ranks(words: Array | None, zero: Array) -> Stacks:
-        if words is None:
-            return _reversed_indices(shapes, zero)
-        return _shuffled_indices(words, shapes, zero)
+    def ranks(start: Array) -> Stacks:
+        choice = _reversed_indices if key is None else _shuffled_indices
+        return choice(start, shapes)
 
-    def tied(of: Any, level: Array, words: Array | None, zero: Array) -> Stacks:
-        return _only([a == t for a, t in _paired(keys(*of), level)], ranks(words, zero))
+    def tied(of: Any, level: Array, start: Array) -> Stacks:
+        return _only([a == t for a, t in _paired(keys(*of), level)], ranks(start))
 
     level, reached, above = _search(keys, of, k)
     # Among equal keys at the threshold the search goes on by rank; where there is nothing to
     # choose it ends at once, and all ranks will do.
     choose = (reached > k) & (level > 0)
-    rank, _, _ = _search(tied, (of, level, words, zero), jnp.where(choose, k - above, 0))
+    rank, _, _ = _search(tied, (of, level, start), jnp.where(choose, k - above, 0))
     rank = jnp.where(choose, rank, 0)
     found = _paired(keys(*of), jnp.maximum(level, 1), rank)
     return [
-        (a > t) | ((a == t) & (b >= r))
-        for (a, t, r), b in zip(found, ranks(words, zero), strict=True)
+        (a > t) | ((a == t) & (b >= r)) for (a, t, r), b in zip(found, ranks(start), strict=True)
     ]
 
 
@@ -308,19 +306,21 @@ def _ordered_bits(scores: Array) -> Array:
     return ordered if width == 64 else ordered.astype(jnp.uint32)
 
 
-def _flat_index(shape: tuple[int, ...], zero: Array) -> Array:
-    """Row-major index within each array of a stack, from per-axis iotas: nothing is flattened.
+def _flat_index(shape: tuple[int, ...], start: Array) -> Array:
+    """``start`` plus the row-major index within each array of a stack: nothing is flattened.
 
-    Everything starts from ``zero``, a uint32 scalar, so that a compiler that may not take it out of
-    a loop takes no index out either.
+    The sum begins with ``start``: where that may not be taken out of a loop, no index is either,
+    and the iotas, which are constants, need no communication where arrays are sharded.
     """
-    index = jnp.broadcast_to(zero, shape)
-    for axis in range(1, len(shape)):
-        index = index * shape[axis] + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    index = jnp.broadcast_to(start, shape)
+    stride = 1
+    for axis in reversed(range(1, len(shape))):
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+        stride *= shape[axis]
     return index
 
 
-def _reversed_indices(shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
+def _reversed_indices(zero: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
     """Ranks under which the lowest flat index comes first."""
     return [jnp.uint32(math.prod(shape[1:])) - _flat_index(shape, zero) for shape in shapes]
 
@@ -330,7 +330,7 @@ def _random_words(key: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
     return jax.random.bits(key, (2, sum(shape[0] for shape in shapes)), jnp.uint32)
 
 
-def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]], zero: Array) -> Stacks:
+def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
     """Distinct random ranks: a random bijection of the 32-bit integers, applied to the flat index.
 
     Adding a constant, xoring a number with its own upper half and multiplying by an odd number are
@@ -339,12 +339,12 @@ def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]], zero: Arr
     finalizer of MurmurHash3. (With it alone, some pairs of positions are chosen together 0.6 %
     too often.)
     """
-    return [_shuffled(*own, shape, zero) for shape, *own in _with_own(shapes, *words)]
+    return [_shuffled(*own, shape) for shape, *own in _with_own(shapes, *words)]
 
 
 @partial(jax.jit, static_argnames="shape")
-def _shuffled(summand: Array, multiplier: Array, shape: tuple[int, ...], zero: Array) -> Array:
-    ranks = (_flat_index(shape, zero) + summand) * (multiplier | 1)
+def _shuffled(summand: Array, multiplier: Array, shape: tuple[int, ...]) -> Array:
+    ranks = _flat_index(shape, summand) * (multiplier | 1)
     ranks = (ranks ^ (ranks >> 16)) * jnp.uint32(0x85EBCA6B)
     ranks = (ranks ^ (ranks >> 13)) * jnp.uint32(0xC2B2AE35)
     return ranks ^ (ranks >> 16)

@@ -17,8 +17,10 @@ from experiments.config import Config, ConfigError
 from tests import train_runs
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+# At 0.9 there are neurons with three inputs, of which nearly all are black: what normalises them
+# enlarges the rounding of another order of additions to a thousandth within a few steps.
 CONFIG = Config(
-    model="mlp", hidden=64, sparsity=0.9, update_interval=4, epochs=5, batch_size=128,
+    model="mlp", hidden=64, sparsity=0.8, update_interval=4, epochs=5, batch_size=128,
     checkpoint_every=10, keep_best=False, diagnostics_every=0, mesh_data=2, mesh_fsdp=2,
 )  # fmt: skip
 RUN = "runs/sparseopt-seed0"
