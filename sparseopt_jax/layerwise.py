@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,8 +24,8 @@ from sparseopt_jax.selection import Stacks
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 
-# Layers of equal shape are stacked up to this size: each shape adds to the time of compilation,
-# and each stack is a copy.
+# Leaves of up to this size share a stack where their layers have one shape: each stack adds to the
+# time of compilation, and one of several leaves is a copy.
 _LARGEST_STACKED = 2**18
 
 
@@ -41,7 +40,7 @@ def update_layerwise(
 ) -> PyTree:
     """Apply ``update_layers`` to the leaves as stacks of layers, (layers, *shape) each.
 
-    Small layers of equal shape share a stack; a leaf of large ones is a stack of its own.
+    Small leaves with layers of one shape share a stack; a large one is a stack of its own.
     """
     check_masks(masks, params)
     if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
@@ -87,13 +86,12 @@ def update_layerwise(
 def _alike(
     masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any], batches: Sequence[Any]
 ) -> list[list[int]]:
-    """The numbers of the leaves, those of small layers together with others of their kind."""
+    """The numbers of the leaves, the small ones together with others of their kind."""
     groups: dict[Any, list[int]] = {}
     for i, (mask, weight, score, batch) in enumerate(
         zip(masks, params, scores, batches, strict=True)
     ):
         shape = layer_shape(mask.shape, batch)
         kind = shape, jnp.result_type(weight), jnp.result_type(score)
-        small = math.prod(shape) <= _LARGEST_STACKED
-        groups.setdefault(kind if small else i, []).append(i)
+        groups.setdefault(kind if mask.size <= _LARGEST_STACKED else i, []).append(i)
     return list(groups.values())

@@ -2,8 +2,8 @@
 
 A topology is a frozen value with a pure ``update(key, step, masks, params, scores) -> masks`` that
 works on whatever leaves it is given. It remembers nothing: what must be kept between updates lives
-in the state of ``sparse_training``. Layers of the same shape are updated together, which keeps the
-compiled program small.
+in the state of ``sparse_training``. Layers are updated together, in one search or two, which keeps
+the compiled program small.
 """
 
 from __future__ import annotations
