@@ -52,6 +52,18 @@ def test_each_has_its_best_batch_and_ratios_are_of_rates(capsys):
     assert "OutOfMemory: 64 at most" in capsys.readouterr().out
 
 
+def test_a_process_answers_raises_and_ends(capfd):
+    side = against_torch.Side("jax")
+    assert side("parameters", {"model": "resnet50"}) == 25_557_032
+    with pytest.raises(RuntimeError, match=r"AttributeError: .*'nothing'"):
+        side("nothing")
+    side.close()
+    lost = against_torch.Side("torch")
+    lost._process.kill()
+    with pytest.raises(RuntimeError, match="the process of torch ended with -9"):
+        lost("environment")
+
+
 def test_no_batch_fits():
     with pytest.raises(RuntimeError, match="no batch size could be run: OutOfMemory"):
         against_torch.best_batch(FakeSide({}), [CASE | {"batch_size": 128}], 1)

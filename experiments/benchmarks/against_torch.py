@@ -174,14 +174,21 @@ class Side:
     def __init__(self, framework: str) -> None:
         """Starts it."""
         context = multiprocessing.get_context("spawn")
+        self._framework = framework
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, framework), daemon=True)
         self._process.start()
+        other.close()
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """What the worker's method returns; raises RuntimeError with what it raised."""
-        self._connection.send((name, arguments))
-        good, answer = self._connection.recv()
+        try:
+            self._connection.send((name, arguments))
+            good, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            code = self._process.exitcode
+            raise RuntimeError(f"the process of {self._framework} ended with {code}") from error
         if not good:
             raise RuntimeError(answer)
         return answer
@@ -307,11 +314,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for f, m, seeds in methods
     ]
     sides = {name: Side(name) for name in ("torch", "jax")}
-    sizes = {name: side("parameters", cases[0][0]) for name, side in sides.items()}
-    if sizes["torch"] != sizes["jax"]:
-        parser.error(f"the models differ: {sizes} parameters")
-    environments = {name: side("environment") for name, side in sides.items()}
-    found = compare(sides, cases, asked)
+    try:
+        sizes = {name: side("parameters", cases[0][0]) for name, side in sides.items()}
+        if sizes["torch"] != sizes["jax"]:
+            raise RuntimeError(f"the models have different numbers of parameters: {sizes}")
+        environments = {name: side("environment") for name, side in sides.items()}
+        found = compare(sides, cases, asked)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     device = environments["torch"]["device"]
     known = next((peak for name, peak in PEAKS.items() if name in device), None)
     peak = asked.peak_tflops * 1e12 if asked.peak_tflops else known
