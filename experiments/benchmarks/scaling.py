@@ -12,9 +12,9 @@ all-to-all's, n - 1 times a reduce-scatter's, all of a permutation's.
 The share is communication / (communication + computation): nothing overlaps, the step's FLOPs at
 224x224 pixels (three forward passes, by `sparseopt_jax.flops`) run at the chip's peak, and the
 links at their published speed. Real computation is slower, so the share is at most that. Programs
-are compiled for small images by default, which takes minutes; the bytes of weights, gradients and
-statistics do not depend on the images' size. Of the topology update one pass of each search counts;
-there are at most 64.
+are compiled for small images by default, which takes minutes; the bytes of gradients, weights and
+statistics do not depend on the images' size, those of activations that fsdp may move do. Of the
+topology update one pass of each search counts; there are at most 64.
 """
 
 from __future__ import annotations
