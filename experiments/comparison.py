@@ -142,6 +142,7 @@ def _checkpoint_difference(
 
 def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint as they are on the disk, without any of the training code."""
+    path = path.absolute()  # orbax takes no other
     described = ocp.checkpointables_metadata(path).metadata["arrays"]
     shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), described)
     return metrics.path_leaves(ocp.load_checkpointables(path, {"arrays": shapes})["arrays"])

@@ -163,6 +163,14 @@ def test_timing_and_environment_may_differ(copies):
     assert comparison.compare(one, other).difference is None
 
 
+def test_folders_may_be_named_from_here(copies, monkeypatch):
+    one, other = copies
+    monkeypatch.chdir(one.parent)
+    found = comparison.compare(one.relative_to(one.parent), other.relative_to(one.parent))
+    assert found == comparison.compare(one, other)
+    assert found.arrays > 0
+
+
 STEPS_SIMULATED = 10_000
 
 
