@@ -5,6 +5,7 @@ import types
 import pytest
 
 from experiments.benchmarks import against_torch
+from experiments.benchmarks.workers import Side
 from tests.train_runs import standard_promotion
 
 CASE = {
@@ -53,12 +54,12 @@ def test_each_has_its_best_batch_and_ratios_are_of_rates(capsys):
 
 
 def test_a_process_answers_raises_and_ends(capfd):
-    side = against_torch.Side("jax")
+    side = Side("jax", against_torch.WORKERS["jax"])
     assert side("parameters", {"model": "resnet50"}) == 25_557_032
     with pytest.raises(RuntimeError, match=r"AttributeError: .*'nothing'"):
         side("nothing")
     side.close()
-    lost = against_torch.Side("torch")
+    lost = Side("torch", against_torch.WORKERS["torch"])
     lost._process.kill()
     with pytest.raises(RuntimeError, match="the process of torch ended with -9"):
         lost("environment")

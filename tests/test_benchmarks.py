@@ -1,6 +1,9 @@
 """The benchmarks on tiny inputs: what they compare is equal, and what they append stays."""
 
 import json
+import sys
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +44,108 @@ def test_calls_take_turns():
     assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
 
 
-def test_both_topology_updates_choose_the_same():
-    shapes = {"a": (3, 3, 8, 16), "b": (40, 24)}
-    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    found = topology_update.compiled(params)
-    arguments = topology_update.random_arguments(params)
-    programs = {name: program for name, (program, _) in found.items()}
-    seconds = topology_update.run(programs, arguments, repeats=2)  # it compares them
+KERNELS = {
+    path: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for path, shape in {"a": (3, 3, 8, 16), "b": (40, 24)}.items()
+}
+
+
+def test_topology_updates_choose_the_same():
+    programs = {name: program for name, (program, _) in topology_update.compiled(KERNELS).items()}
+    arguments = topology_update.random_arguments(KERNELS)
+    seconds, differing = topology_update.run(programs, arguments, repeats=2)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(programs, 2)
+    assert differing == {"argsort": 0}
     masks = arguments[1]
     new = programs["argsort"](*arguments)
-    assert any((new[path] != masks[path]).any() for path in shapes)
+    assert any((new[path] != masks[path]).any() for path in KERNELS)
     swapped = {"sparseopt_jax": programs["sparseopt_jax"], "argsort": lambda *_: masks}
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"argsort: \d+ places of a's mask differ"):
         topology_update.run(swapped, arguments, repeats=1)
+
+
+def stand_in_for_jaxpruner():
+    """What is called of jaxpruner, by a stable argsort in NumPy, with its rounding."""
+
+    class RigL:
+        def __init__(self, drop_fraction_fn):
+            self.drop_fraction = drop_fraction_fn
+
+        def update_state(self, state, params, grads):
+            def of_layer(mask, weight, grad):
+                assert mask.dtype == np.uint8
+                n_active = int(mask.sum())
+                n_keep = round(n_active * (1 - self.drop_fraction(state.count)))
+                first = np.argsort(-np.where(mask, abs(weight), -1).ravel(), kind="stable")
+                new = np.zeros(mask.size, bool)
+                new[first[:n_keep]] = True
+                scores = np.where(new, -1, abs(grad).ravel())
+                new[np.argsort(-scores, kind="stable")[: n_active - n_keep]] = True
+                return jnp.asarray(new.reshape(mask.shape), jnp.uint8)
+
+            layers = jax.tree.map(np.asarray, (state.masks, params, grads))
+            return state._replace(masks=jax.tree.map(of_layer, *layers))
+
+    class SparseState(NamedTuple):
+        masks: Any
+        inner_state: Any
+        count: Any
+
+    module = types.ModuleType("jaxpruner")
+    module.RigL, module.SparseState = RigL, SparseState
+    return module
+
+
+def test_jaxpruner_is_called_as_its_users_call_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jaxpruner", stand_in_for_jaxpruner())
+    monkeypatch.setattr(jax, "tree_map", jax.tree.map, raising=False)
+    arguments = topology_update.random_arguments(KERNELS)
+    updates = topology_update.updates(["jaxpruner"])
+    _, differing = topology_update.run(updates, arguments, repeats=1)
+    assert list(differing) == ["argsort", "jaxpruner"]
+    assert differing["argsort"] == 0
+    assert differing["jaxpruner"] <= 2 * len(KERNELS)
+    theirs = updates["jaxpruner"](*arguments)
+    for path, mask in arguments[1].items():
+        assert theirs[path].dtype == jnp.bool_
+        assert theirs[path].sum() == mask.sum()
+
+
+def test_the_other_process_is_given_the_same_layers():
+    arguments = topology_update.random_arguments(KERNELS)
+    programs = topology_update.updates()
+    asked = []
+
+    def torch(name, *words):
+        asked.append((name, words))
+        if name == "masks":
+            return [np.asarray(mask) for mask in programs["argsort"](*arguments).values()]
+        return 0.25
+
+    seconds, differing = topology_update.run(programs, arguments, 3, torch)
+    assert seconds["torch"] == [0.25] * 3
+    assert differing == {"argsort": 0, "torch": 0}
+    (name, (layers, drop_fraction)), *_ = asked
+    assert (name, drop_fraction) == ("prepare", topology_update.DROP_FRACTION)
+    for given, path in zip(layers, KERNELS, strict=True):
+        for array, tree in zip(given, arguments[1:], strict=True):
+            np.testing.assert_array_equal(array, tree[path])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats=0"], "--repeats=0 must be at least 1"),
+        (["--peers=numpy"], "--peers: numpy must be one of jaxpruner, torch"),
+        (["--peers=jaxpruner"], "--peers=jaxpruner needs jaxpruner"),
+        (["--peers=torch"], "--peers=torch needs torch, which cannot be imported"),
+    ],
+)
+def test_wrong_peers_are_named(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(topology_update.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        topology_update.parse(words)
+    assert message in capsys.readouterr().err
 
 
 def test_a_step_of_each_method(tmp_path, capsys):

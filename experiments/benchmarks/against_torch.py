@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import statistics
 import sys
@@ -33,9 +32,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks import measuring
+from experiments.benchmarks.workers import Side
 
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 """FLOPs a second, bfloat16 without sparsity, as NVIDIA publishes them; by part of the name."""
+
+WORKERS = {
+    "torch": "experiments.benchmarks.torch_worker:TorchWorker",
+    "jax": "experiments.benchmarks.against_torch:JaxWorker",
+}
 
 Case = dict[str, Any]
 
@@ -149,54 +154,6 @@ def _resnet20(case: Case) -> Callable[[int], Any]:
         return state, measured
 
     return run
-
-
-def _serve(connection: Any, framework: str) -> None:
-    """Answers calls of a worker's methods, in a process of its own."""
-    if framework == "torch":
-        from experiments.benchmarks.torch_worker import TorchWorker
-
-        worker: Any = TorchWorker()
-    else:
-        worker = JaxWorker()
-    while message := connection.recv():
-        name, arguments = message
-        try:
-            connection.send((True, getattr(worker, name)(*arguments)))
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            connection.send((False, f"{type(error).__name__}: {first}"))
-
-
-class Side:
-    """A framework's process."""
-
-    def __init__(self, framework: str) -> None:
-        """Starts it."""
-        context = multiprocessing.get_context("spawn")
-        self._framework = framework
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, framework), daemon=True)
-        self._process.start()
-        other.close()
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        """What the worker's method returns; raises RuntimeError with what it raised."""
-        try:
-            self._connection.send((name, arguments))
-            good, answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join()
-            code = self._process.exitcode
-            raise RuntimeError(f"the process of {self._framework} ended with {code}") from error
-        if not good:
-            raise RuntimeError(answer)
-        return answer
-
-    def close(self) -> None:
-        """Ends it."""
-        self._connection.send(None)
-        self._process.join()
 
 
 def best_batch(side: Callable[..., Any], cases: Sequence[Case], steps: int) -> Case:
@@ -313,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         for f, m, seeds in methods
     ]
-    sides = {name: Side(name) for name in ("torch", "jax")}
+    sides = {name: Side(name, worker) for name, worker in WORKERS.items()}
     try:
         sizes = {name: side("parameters", cases[0][0]) for name, side in sides.items()}
         if sizes["torch"] != sizes["jax"]:

@@ -101,14 +101,24 @@ def alternating(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
       calls: by name; each returns arrays, or nothing. Called once beforehand, untimed.
       repeats: how often each is timed.
     """
-    for call in calls.values():
-        _finish(call())
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    return in_turns({name: functools.partial(timed, call) for name, call in calls.items()}, repeats)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call, its result included."""
+    start = time.perf_counter()
+    _finish(call())
+    return time.perf_counter() - start
+
+
+def in_turns(timers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds by name as the timers return them, in turns, after one call of each."""
+    for timer in timers.values():
+        timer()
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            _finish(call())
-            seconds[name].append(time.perf_counter() - start)
+        for name, timer in timers.items():
+            seconds[name].append(timer())
     return seconds
 
 
