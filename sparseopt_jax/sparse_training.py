@@ -44,7 +44,6 @@ from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     SparseTrainingState,
-    add_bits,
     check_dense,
     count_fan_in,
     emptied,
@@ -247,17 +246,24 @@ def sparse_training(
             moving(state.fan_in, scores),
             batch_axes=batch_axes,
         )
+        # Behind the barrier layers of one shape are alike, and the compiler makes their bits and
+        # counts with one kernel; without it each is fused with its part of a stack, and again
+        # with each set that it is added to.
+        masks = lax.optimization_barrier(masks)  # type: ignore[no-untyped-call]
         merged = jax.tree.map(
             lambda new, old: old if is_hidden(new) else new,
             masks,
             state.masks,
             is_leaf=is_hidden,
         )
+        # What was active before has been explored already.
+        fresh = maskable(state.fan_in, newly_active(state.masks, merged))
+        bits = lax.optimization_barrier(jax.tree.map(pack, fresh))  # type: ignore[no-untyped-call]
         return (
             merged,
             recount(state.fan_in, merged),
-            add_bits(state.explored, merged),
-            add_bits(state.grown, newly_active(state.masks, merged)),
+            jax.tree.map(jnp.bitwise_or, state.explored, bits),
+            jax.tree.map(jnp.bitwise_or, state.grown, bits),
         )
 
     def update_topology(
