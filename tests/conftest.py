@@ -1,6 +1,7 @@
 """Settings for all tests: eight CPU devices, strict NumPy semantics, repeatable hypothesis."""
 
 import os
+import tempfile
 
 # Both are read when jax starts its backend, so they are set before anything imports it. The
 # tests compare one device with eight, on any machine: an accelerator is not asked for. Compiling
@@ -14,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import hypothesis
 import jax
@@ -22,8 +24,6 @@ import pytest
 # Implicit broadcasting between ranks and silent dtype promotion hide bugs: both raise.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Every run compiles what it tests.
-jax.config.update("jax_enable_compilation_cache", False)
 
 # Derandomised unless asked otherwise, so that a failure anywhere is a failure everywhere:
 # HYPOTHESIS_PROFILE=explore looks at new examples on every run, and at more of them.
@@ -36,6 +36,20 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config):
+    """What takes longest to compile is compiled once a session, in a folder that goes with it.
+
+    Workers, and the processes that tests start, are told by their environment.
+    """
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(
+            prefix="sparseopt_jax-tests-", ignore_cleanup_errors=True
+        )
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        jax.config.update("jax_compilation_cache_dir", folder.name)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def best_batch(side: Callable[..., Any], cases: Sequence[Case], steps: int) -> C
         try:
             side("prepare", case)
             seconds = statistics.median(side("run", case, steps) for _ in range(3))
-            rates.append((case["batch_size"] * steps / seconds, case))
+            rates.append((case["batch_size"] * case["seeds"] * steps / seconds, case))
             print(f"{_name(case):>32}: {rates[-1][0]:10.1f} images/s", flush=True)
         except RuntimeError as problem:
             problems.append(str(problem))
