@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,16 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation"
     r"|called_computations|condition)=(\{[^{}]*\}|%?[\w.-]+)"
 )
+# A TPU's compiler writes `%all-reduce-scatter.1 (input: f32[8]) -> f32[1] {` around an all-reduce
+# of which each device keeps its part; and a collective that it runs beside other work stands in
+# every piece of that work, in computations named as below, under one channel.
+_REDUCE_SCATTER = re.compile(r"%all-reduce-scatter[\w.-]* \(.*\) -> (.*) \{")
+_PIECE = "async_collective_fusion"
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# A product that is computed while its operands go round: its loop counts from 0 to this constant.
+_ROUND = "windowed_dot_general_cond"
+_CONSTANT = re.compile(r" constant\((\d+)\)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 # Operations that name memory, or a part of it, and those that wait for one that was counted.
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _NO_TRAFFIC |= {"copy-done", "slice-done", "async-done", "while", "conditional"}
@@ -54,10 +64,12 @@ class Collective:
 def collectives(text: str) -> dict[str, Collective]:
     """The collectives of a compiled program, by kind.
 
-    An asynchronous pair (`all-gather-start`, `all-gather-done`) is one operation. A loop's body
-    counts as often as the loop runs where the text says so (`known_trip_count`, which CPUs and GPUs
-    write and TPUs do not), and otherwise once: a loop that ends on a condition, as the search of
+    An asynchronous pair (`all-gather-start`, `all-gather-done`) is one operation, and so is one
+    that a TPU runs in pieces. A loop's body counts as often as the loop runs where the text says so
+    (`known_trip_count`, which CPUs and GPUs write and TPUs do not, and the loops in which a TPU
+    passes operands round), and otherwise once: a loop that ends on a condition, as the search of
     a topology update does, moves its bytes on every pass. Of a conditional all branches count.
+    An all-reduce of which a TPU keeps a part is a reduce-scatter.
 
     Args:
       text: `compiled.as_text()`, of `jax.jit(f).lower(...).compile()`, for CPUs, GPUs or TPUs.
@@ -73,8 +85,17 @@ def collectives(text: str) -> dict[str, Collective]:
     _one_entry(entries)
     runs = _runs(entries[0], calls)
     found: dict[str, Collective] = {}
+    in_pieces = {channel for name, _, _, channel in operations if name.startswith(_PIECE)}
     for kind in KINDS:
-        counts = [(runs[name], size) for name, own, size in operations if own == kind]
+        pieces: dict[str, tuple[int, int]] = {}
+        counts = []
+        for name, own, size, channel in operations:
+            if own == kind and channel in in_pieces and runs[name]:
+                # Of pieces that call each other the first runs once.
+                pieces[channel] = min(pieces.get(channel, (runs[name], size)), (runs[name], size))
+            elif own == kind:
+                counts.append((runs[name], size))
+        counts += pieces.values()
         if any(times for times, _ in counts):
             found[kind] = Collective(
                 sum(times for times, _ in counts), sum(times * size for times, size in counts)
@@ -84,33 +105,42 @@ def collectives(text: str) -> dict[str, Collective]:
 
 def _parse(
     text: str,
-) -> tuple[list[tuple[str, str, int]], dict[str, Counter[str]], list[str]]:
-    """Collectives as (computation, kind, bytes); calls by computation; names of the entries."""
-    operations: list[tuple[str, str, int]] = []
+) -> tuple[list[tuple[str, str, int, str]], dict[str, Counter[str]], list[str]]:
+    """Collectives as (computation, kind, bytes, channel); calls by computation; entries' names."""
+    operations: list[tuple[str, str, int, str]] = []
     calls: dict[str, Counter[str]] = {}
     entries: list[str] = []
-    name = ""
+    rounds: dict[str, int] = {}
+    name, scattered = "", None
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            name = header[2]
+            name, scattered = header[2], _REDUCE_SCATTER.match(line)
             calls[name] = Counter()
             if header[1]:
                 entries.append(name)
         elif (operation := _OPERATION.match(line)) and name:
             result, opcode = operation.groups()
+            attributes = line[operation.end() :]
             # The start of a pair has its operands and its progress in its result as well.
             kind = opcode.removesuffix("-done")
+            if kind == "all-reduce" and scattered:
+                kind, result = "reduce-scatter", scattered[1]
             if kind in KINDS:
-                operations.append((name, kind, _size(result)))
-            calls[name].update(_called(line[operation.end() :], opcode))
+                channel = _CHANNEL.search(attributes)
+                operations.append((name, kind, _size(result), channel[1] if channel else ""))
+            elif _ROUND in name and (constant := _CONSTANT.search(line)):
+                rounds[name] = int(constant[1])
+            calls[name].update(_called(attributes, opcode, rounds))
     return operations, calls, entries
 
 
-def _called(attributes: str, opcode: str) -> Counter[str]:
-    """The computations that an operation calls, and how often."""
+def _called(attributes: str, opcode: str, rounds: Mapping[str, int]) -> Counter[str]:
+    """The computations that an operation calls, and how often; `rounds` of loops by condition."""
     times = 1
     if opcode == "while" and (known := _TRIP_COUNT.search(attributes)):
         times = int(known[1])
+    elif opcode == "while" and (condition := _CONDITION.search(attributes)):
+        times = rounds.get(condition[1], 1)
     called: Counter[str] = Counter()
     for names in _CALLED.findall(attributes):
         called.update({name.strip().lstrip("%"): times for name in names.strip("{}").split(",")})

@@ -89,6 +89,50 @@ u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{0,1},{1,0}}
 }
 """
 
+# As a TPU's with sharded parameters: a gather in pieces, two of them in a loop of 4 passes in which
+# an operand goes round, and a sum of which each device keeps a part.
+IN_PIECES = """
+HloModule jit_step
+
+%fused_computation.1 (p: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.1 = bf16[64,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.2 (p: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.2 = bf16[64,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%fused_computation.3 (p: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.3 = bf16[64,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.4 (input: f32[16], input.1: bf16[32,8]) -> (f32[2], bf16[4,8]) {
+  %input = f32[16]{0} parameter(0)
+  %all = (f32[16]{0}, bf16[32,8]{1,0}) all-reduce(%input, %input.1), channel_id=8, to_apply=%add
+  ROOT %kept = (f32[2]{0}, bf16[4,8]{1,0}) tuple(%one, %two)
+}
+
+%wide.windowed_dot_general_body_ag.1.sunk (a: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f.2 = bf16[64,16]{1,0:T(8,128)} fusion(%a), kind=kCustom, calls=%async_collective_fusion.2
+  %c = f32[4]{0} collective-permute(%a), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (s32[], f32[4]{0}) tuple(%i, %c)
+}
+
+%wide.windowed_dot_general_cond_ag.1 (a: (s32[], f32[4])) -> pred[] {
+  %constant.5 = u32[]{:T(128)} constant(4), metadata={op_name="constant(9)"}
+  ROOT %less = pred[]{:T(512)} compare(%i, %constant.5), direction=LT
+}
+
+ENTRY main (p: bf16[8,16]) -> f32[2] {
+  %f.1 = bf16[64,16]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%fused_computation.1
+  %w = (s32[], f32[4]{0}) while(%t), condition=%wide.windowed_dot_general_cond_ag.1, \
+body=%wide.windowed_dot_general_body_ag.1.sunk
+  %f.3 = bf16[64,16]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%fused_computation.3
+  %other = bf16[64,16]{1,0:T(8,128)} all-gather(%p), channel_id=10, dimensions={0}
+  ROOT %f.4 = (f32[2]{0}, bf16[4,8]{1,0}) fusion(%p), kind=kCustom, calls=%all-reduce-scatter.4
+}
+"""
+
 
 def in_main(operation):
     return f"ENTRY %main (p: f32[]) -> f32[] {{\n  ROOT %r = {operation}\n}}\n"
@@ -108,6 +152,15 @@ def test_pairs_count_once_and_by_what_they_end_with():
         "all-gather": Collective(1, 64 * 128 * 2),
         "reduce-scatter": Collective(1, 8 * 4),
         "collective-permute": Collective(1, 16),
+    }
+
+
+def test_pieces_count_once_rounds_as_often_as_they_go_and_parts_of_sums_as_parts():
+    """Two gathers of 2048 bytes, four passes of 16, and parts of 8 and 64 bytes."""
+    assert collectives(IN_PIECES) == {
+        "all-gather": Collective(2, 2 * 2048),
+        "collective-permute": Collective(4, 4 * 16),
+        "reduce-scatter": Collective(1, 8 + 64),
     }
 
 
