@@ -37,7 +37,7 @@ from experiments.benchmarks.selection import argsort_mask
 from experiments.benchmarks.topology_peers import jaxpruner_update
 from experiments.benchmarks.workers import Side
 
-# A quarter of a number is exact in float32 as well, so all drop as many.
+# A quarter of a number is exact in float32 as well, so ours and argsort's drop as many.
 DROP_FRACTION = 0.25
 TOPOLOGY = sx.RigL(interval=100, drop_fraction=DROP_FRACTION, end_step=10**9)
 STEP = 100
