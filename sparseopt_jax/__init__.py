@@ -1,5 +1,7 @@
 """SparseOpt and dynamic sparse training around any optax optimizer."""
 
+from sparseopt_jax.constraints import keep_params_masked as keep_params_masked
+from sparseopt_jax.constraints import zero_inactive as zero_inactive
 from sparseopt_jax.diagnostics import GradientSkew as GradientSkew
 from sparseopt_jax.diagnostics import MaskChurn as MaskChurn
 from sparseopt_jax.diagnostics import TopEigenvalue as TopEigenvalue
@@ -14,8 +16,10 @@ from sparseopt_jax.distributions import Uniform as Uniform
 from sparseopt_jax.flops import LayerFLOPs as LayerFLOPs
 from sparseopt_jax.flops import ModelFLOPs as ModelFLOPs
 from sparseopt_jax.flops import flops as flops
+from sparseopt_jax.grown_warmup import adam_bias_correction as adam_bias_correction
 from sparseopt_jax.ham import HamState as HamState
 from sparseopt_jax.ham import ham as ham
+from sparseopt_jax.masks import Distribution as Distribution
 from sparseopt_jax.masks import apply_masks as apply_masks
 from sparseopt_jax.masks import check_masks as check_masks
 from sparseopt_jax.masks import default_prunable as default_prunable
@@ -33,9 +37,9 @@ from sparseopt_jax.recipes import sparseopt_muon as sparseopt_muon
 from sparseopt_jax.selection import random_mask as random_mask
 from sparseopt_jax.selection import top_k_mask as top_k_mask
 from sparseopt_jax.sharding import state_shardings as state_shardings
-from sparseopt_jax.sparse_training import SparseTraining as SparseTraining
 from sparseopt_jax.sparse_training import sparse_training as sparse_training
 from sparseopt_jax.sparse_training import update_topology as update_topology
+from sparseopt_jax.state import NeverSparse as NeverSparse
 from sparseopt_jax.state import SparseTrainingState as SparseTrainingState
 from sparseopt_jax.state import get_explored as get_explored
 from sparseopt_jax.state import get_masks as get_masks
@@ -47,5 +51,6 @@ from sparseopt_jax.summary import summary as summary
 from sparseopt_jax.topology import SET as SET
 from sparseopt_jax.topology import RigL as RigL
 from sparseopt_jax.topology import Static as Static
+from sparseopt_jax.topology import Topology as Topology
 
 __version__ = "0.1.0"

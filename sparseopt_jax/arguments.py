@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Array: TypeAlias = jax.Array
 
 
 def check_arguments(
-    inner: Any, distribution: Any, masks: Any, topology: Any, static_layers: Any, automatic: Any
+    inner: Any, distribution: Any, masks: Any, topology: Any, seed: Any, automatic: Any
 ) -> None:
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
@@ -24,38 +26,59 @@ def check_arguments(
             "sparse_training needs either distribution, for example ERK(0.9), or masks to start "
             f"from, got {'neither' if masks is None else 'both'}"
         )
-    if distribution is not None and (
-        isinstance(distribution, type) or not hasattr(distribution, "layer_counts")
-    ):
-        raise TypeError(f"distribution must be a value such as ERK(0.9), got {distribution!r}")
-    if static_layers is not None and not callable(static_layers):
-        raise TypeError(
-            f"static_layers must be a function of a leaf's path, or None, got {static_layers!r}"
-        )
-    if isinstance(topology, type) or not hasattr(topology, "is_update_step"):
-        raise TypeError(f"topology must be a value such as Static(), got {topology!r}")
+    if distribution is not None:
+        _check_values("distribution", distribution, "layer_counts", "ERK(0.9)")
+    _check_values("topology", topology, "is_update_step", "Static()")
     if not isinstance(automatic, bool):
         raise TypeError(f"automatic must be True or False, got {automatic!r}")
-    if not automatic and topology.accumulate_steps > 1:
-        raise ValueError(
-            f"accumulate_steps={topology.accumulate_steps} needs automatic=True; a loop that "
-            "schedules updates itself passes the gradients it accumulated to update_topology"
-        )
+    for one in topology.values() if isinstance(topology, Mapping) else (topology,):
+        if not automatic and one.accumulate_steps > 1:
+            raise ValueError(
+                f"accumulate_steps={one.accumulate_steps} needs automatic=True; a loop that "
+                "schedules updates itself passes the gradients it accumulated to update_topology"
+            )
+    _check_seed(seed)
+
+
+def _check_values(name: str, given: Any, method: str, example: str) -> None:
+    """Raise unless ``given`` is a value with ``method``, or a mapping from patterns to such."""
+    if isinstance(given, Mapping) and not given:
+        raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
+    for pattern, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} patterns must be strings, got {pattern!r}")
+        if isinstance(value, type) or not hasattr(value, method):
+            where = f" for {pattern!r}" if pattern else ""
+            raise TypeError(f"{name} must be a value such as {example}, got {value!r}{where}")
 
 
 def as_key(seed: Any) -> Array:
-    """A typed key from an int, a key of either kind, or a traced one."""
+    """A typed key from an int, a key of either kind, or a traced one; ``seed`` was checked."""
+    if not isinstance(seed, int) and _is_typed_key(seed):
+        return cast(Array, seed)
+    return jax.random.key(seed) if np.ndim(seed) == 0 else jax.random.wrap_key_data(seed)
+
+
+def key_impl(seed: Any) -> Any:
+    """The implementation of ``as_key(seed)``, without an array."""
+    if not isinstance(seed, int) and _is_typed_key(seed):
+        return jax.random.key_impl(seed)
+    return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+
+
+def _is_typed_key(seed: Any) -> bool:
+    return jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+
+
+def _check_seed(seed: Any) -> None:
     if isinstance(seed, bool) or not (isinstance(seed, int) or hasattr(seed, "dtype")):
         raise TypeError(f"seed must be an int or a JAX random key, got {seed!r}")
     if isinstance(seed, int):
-        return jax.random.key(seed)
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.ndim == 0:
-        return cast(Array, seed)
-    if jnp.issubdtype(seed.dtype, jnp.integer) and seed.ndim == 0:
-        return jax.random.key(seed)
-    if seed.dtype == jnp.uint32 and seed.ndim == 1:
-        return jax.random.wrap_key_data(seed)
-    raise TypeError(
-        "seed must be an int or one JAX random key, got an array of "
-        f"dtype {seed.dtype} and shape {seed.shape}"
-    )
+        return
+    if seed.ndim == 0 and (_is_typed_key(seed) or jnp.issubdtype(seed.dtype, jnp.integer)):
+        return
+    if not (seed.dtype == jnp.uint32 and seed.ndim == 1):
+        raise TypeError(
+            "seed must be an int or one JAX random key, got an array of "
+            f"dtype {seed.dtype} and shape {seed.shape}"
+        )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt_jax.axes import AxesByPath, kernel_axes
+from sparseopt_jax.explicit import varying_as
 from sparseopt_jax.masks import (
     Prunable,
     check_masks,
@@ -347,7 +348,12 @@ def _lanczos(product: Callable[[PyTree], PyTree], start: PyTree, iterations: int
     epsilon = float(np.finfo(norm.dtype).eps)
     vector = _scaled(start, 1.0 / jnp.where(norm == 0, 1.0, norm))
     basis = jax.tree.map(lambda v: jax.lax.broadcast(jnp.zeros_like(v), (iterations,)), vector)
-    carry = (basis, vector, jnp.zeros_like(norm), jnp.bool_(False))
+    # What a product returns may differ between devices inside shard_map where the vector does not.
+    carry = varying_as(
+        (basis, vector, jnp.zeros_like(norm), jnp.bool_(False)),
+        vector,
+        jax.make_jaxpr(product)(vector).out_avals,
+    )
     (basis, _, size, _), (alphas, betas, unused) = jax.lax.scan(
         step, carry, jnp.arange(iterations, dtype=jnp.int32)
     )

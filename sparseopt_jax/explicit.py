@@ -1,4 +1,8 @@
-"""Explicit mesh mode, where types carry shardings, for functions that choose no shardings."""
+"""What the types of arrays say of a mesh, for functions that choose no shardings.
+
+In Explicit mesh mode they carry shardings; inside ``shard_map`` the axes over which a value may
+differ from device to device.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,26 @@ def in_auto_mode(
 
     shardings = jax.tree.map(sharding, like, like if result is None else result)
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)
+
+
+def varying_as(values: PyTree, *others: PyTree) -> PyTree:
+    """``values`` with types that vary over all mesh axes that ``others`` vary over.
+
+    ``shard_map`` wants what a loop starts with to vary as what its body returns.
+    """
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(others)))
+
+    def vary(value: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(value)))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return jax.tree.map(vary, values)
+
+
+def _varying(value: Any) -> frozenset[str]:
+    """The axes that a value varies over; ``value`` may be an abstract one."""
+    kind = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
+    return frozenset(kind.manual_axis_type.varying)
 
 
 def following(

@@ -8,17 +8,15 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
-from sparseopt_jax.preconditioner import MissingMasksError
-
 PyTree: TypeAlias = Any
 
 
-def copies(params: PyTree) -> tuple[PyTree, ...]:
+def param_copies(params: PyTree) -> tuple[PyTree, ...]:
     """The weights; those that the gradient is taken at first, where an optimizer keeps two."""
     return tuple(params) if isinstance(params, optax.LookaheadParams) else (params,)
 
 
-def each_copy(function: Callable[..., PyTree], *params: PyTree) -> PyTree:
+def map_copies(function: Callable[..., PyTree], *params: PyTree) -> PyTree:
     """What ``function`` gives for each copy of the weights, held as they were."""
     if isinstance(params[0], optax.LookaheadParams):
         return optax.LookaheadParams(*map(function, *params))
@@ -31,18 +29,20 @@ def is_placeholder(params: PyTree) -> bool:
     return not jax.tree.leaves(params) and not isinstance(params, containers)
 
 
-def reads_masks(
-    inner: optax.GradientTransformationExtraArgs,
-    grads: PyTree,
-    state: PyTree,
-    params: PyTree,
-    extra: dict[str, Any],
-) -> bool:
-    """Whether the inner chain asks for ``masks``; some transformations reject unknown arguments."""
-    if "masks" in extra:
-        return False
-    try:
-        jax.eval_shape(lambda: inner.update(grads, state, params, **extra))
-    except MissingMasksError:
-        return True
-    return False
+def accepted(
+    update: Callable[..., Any], offered: dict[str, Any], extra: dict[str, Any]
+) -> list[str]:
+    """The names of what is ``offered`` that ``update`` accepts beside ``extra``.
+
+    Line searches and SAM pass extra arguments on to functions that know of none, so they are
+    offered less and less, from the last name on. What is in ``extra`` stands.
+    """
+    names = [name for name in offered if name not in extra]
+    while names:
+        arguments = extra | {name: offered[name] for name in names}
+        try:
+            jax.eval_shape(lambda arguments=arguments: update(**arguments))
+            break
+        except TypeError:
+            names.pop()
+    return names

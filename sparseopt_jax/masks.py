@@ -25,8 +25,9 @@ from sparseopt_jax.axes import (
     layer_shape,
     layers_of,
 )
+from sparseopt_jax.by_path import ByPath, layer_counts
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.selection import checked_size, random_masks
+from sparseopt_jax.selection import checked_size, is_selectable, random_masks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -124,10 +125,10 @@ def maskable_layers(
         batch = axes_of_stack(path, leaf.ndim, batch_axes)
         if batch and leaf.ndim - len(batch) < 2:
             continue
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not is_selectable(leaf.dtype):
             raise TypeError(
-                f"params leaf {path!r} has dtype {leaf.dtype}; only floating parameters can be "
-                "sparse. Convert it, or leave it out with prunable"
+                f"params leaf {path!r} has dtype {leaf.dtype}; only float16, bfloat16, float32 and "
+                "float64 parameters can be sparse. Convert it, or leave it out with prunable"
             )
         checked_size(leaf.shape)
         n = layers_of(leaf.shape, batch)
@@ -145,7 +146,7 @@ def maskable_layers(
 def init_masks(
     key: Array,
     params: PyTree,
-    distribution: Distribution,
+    distribution: ByPath[Distribution],
     *,
     prunable: Prunable = default_prunable,
     batch_axes: AxesByPath = (),
@@ -155,7 +156,8 @@ def init_masks(
     Args:
       key: a JAX random key, may be traced.
       params: the model's parameters.
-      distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``.
+      distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``, or a mapping from glob patterns
+        over paths to them, each of which sees its layers only; other layers stay dense.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
       batch_axes: the axis or axes that index the layers of a stacked leaf (0 under ``nn.scan``), or
         a mapping from glob patterns over paths to them. Each layer of a stack counts as a layer of
@@ -178,8 +180,8 @@ def init_masks(
       (8, 4)
     """
     layers = maskable_layers(params, prunable, batch_axes)
-    counts = distribution.layer_counts(
-        {name: leaf.shape for leaf in layers.values() for name in leaf.names}
+    counts = layer_counts(
+        distribution, {name: leaf.shape for leaf in layers.values() for name in leaf.names}
     )
     # Layers of the same shape are drawn together, which keeps the compiled program small.
     alike: dict[tuple[int, ...], list[str]] = {}

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparseopt_jax.axes import (
@@ -93,7 +94,10 @@ def scale_by_sparseopt(
     if average_over not in _AVERAGES:
         raise ValueError(f"average_over must be 'layer', 'network' or None, got {average_over!r}")
     if layers is not None and not callable(layers):
-        raise TypeError(f"layers must be a function of a leaf's path, or None, got {layers!r}")
+        raise TypeError(
+            f"layers must be a function of a leaf's path, or None, got {layers!r}. In "
+            "optax.inject_hyperparams name it in static_args=('layers',)"
+        )
     check_axes("out_axes", out_axes)
     check_axes("batch_axes", batch_axes)
 
@@ -127,7 +131,7 @@ def sparseopt(
     momentum: float | None = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+    mask: Any = "kernels",
     *,
     average_over: str | None = "layer",
     out_axes: AxesByPath = -1,
@@ -143,8 +147,9 @@ def sparseopt(
       momentum: decay of the momentum, or None for plain SGD.
       nesterov: whether to use Nesterov's momentum.
       weight_decay: factor of the L2 penalty's gradient, added ahead of the momentum as in SGD.
-      mask: which leaves decay, as in ``optax.add_decayed_weights``; by default those of two and
-        more dimensions.
+      mask: which leaves decay: ``"kernels"``, those of two and more dimensions; or a tree of bools,
+        a function that gives one, or None for all, as in ``optax.add_decayed_weights``. (A function
+        as a default would be taken for a schedule by ``optax.inject_hyperparams``.)
       average_over: see ``scale_by_sparseopt``.
       out_axes: see ``scale_by_sparseopt``.
       layers: see ``scale_by_sparseopt``.
@@ -170,9 +175,29 @@ def sparseopt(
     """
     return optax.chain(
         scale_by_sparseopt(average_over, out_axes, layers, batch_axes=batch_axes),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, decay_mask(mask)),
         optax.sgd(learning_rate, momentum, nesterov),
     )
+
+
+def decay_mask(mask: Any) -> Any:
+    """``mask`` as ``optax.add_decayed_weights`` takes it.
+
+    Raises:
+      TypeError: it is neither ``"kernels"``, a tree of bools, a function, nor None. That is what
+        ``optax.inject_hyperparams`` makes of a function that is not among its ``static_args``.
+    """
+    if mask is None or (callable(mask) and not isinstance(mask, jax.Array)):
+        return mask
+    if isinstance(mask, str) and mask == "kernels":
+        return lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(
+                "mask must be 'kernels', a tree of bools, a function of the parameters, or None, "
+                f"got {mask!r}. In optax.inject_hyperparams name it in static_args=('mask',)"
+            )
+    return mask
 
 
 def neuron_fan_in(

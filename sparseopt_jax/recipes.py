@@ -18,7 +18,7 @@ import optax
 
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.ham import ham
-from sparseopt_jax.preconditioner import scale_by_sparseopt, sparseopt
+from sparseopt_jax.preconditioner import decay_mask, scale_by_sparseopt, sparseopt
 
 PyTree: TypeAlias = Any
 
@@ -28,7 +28,7 @@ def sparseopt_ham(
     momentum: float | None = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+    mask: Any = "kernels",
     *,
     alpha: float = 200.0,
     beta: float = 1e-3,
@@ -49,7 +49,7 @@ def sparseopt_ham(
       momentum: as in ``sparseopt``.
       nesterov: as in ``sparseopt``.
       weight_decay: as in ``sparseopt``.
-      mask: which leaves decay, as in ``sparseopt``: by default those of two and more dimensions.
+      mask: which leaves decay, as in ``sparseopt``.
       alpha: as in ``ham``.
       beta: as in ``ham``.
       average_over: see ``scale_by_sparseopt``.
@@ -146,7 +146,7 @@ def sparseopt_adamw(
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         scale_by_sparseopt(average_over, out_axes, layers, batch_axes=batch_axes),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, decay_mask(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -200,7 +200,7 @@ def sparseopt_lion(
     return optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype),
         scale_by_sparseopt(average_over, out_axes, layers, batch_axes=batch_axes),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, decay_mask(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparseopt_jax.explicit import varying_as
+
 Array: TypeAlias = jax.Array
 Stacks: TypeAlias = list[Array]
 
@@ -119,7 +121,8 @@ def top_k_masks(
     def bits(scores: Stacks, where: Stacks | None) -> Stacks:
         return _only(where, [to_bits(a).astype(unsigned) for a in scores])
 
-    return _largest(bits, (scores, where), k, key)
+    words = None if key is None else _random_words(key, [a.shape for a in scores])
+    return _largest(bits, (scores, where), k, words)
 
 
 @jax.jit
@@ -144,7 +147,8 @@ def drop_and_grow(
       Bool stacks of these shapes.
     """
     unsigned = _widest([*weights, *scores])
-    keys = jax.random.split(key)
+    shapes = [m.shape for m in masks]
+    words = jnp.stack([_random_words(k, shapes) for k in jax.random.split(key)])
 
     def bits(masks: Stacks, weights: Stacks, scores: Stacks, growing: Array) -> Stacks:
         ranked = [
@@ -158,10 +162,11 @@ def drop_and_grow(
     def stage(i: Array, masks: Stacks) -> Stacks:
         growing = i > 0
         k = jnp.where(growing, n_drop, n_active - n_drop)
-        chosen = _largest(bits, (masks, weights, scores, growing), k, keys[i])
+        chosen = _largest(bits, (masks, weights, scores, growing), k, words[i])
         return [c | (m & growing) for m, c in zip(masks, chosen, strict=True)]
 
-    return lax.fori_loop(0, 2, stage, masks)
+    start = varying_as(masks, masks, weights, scores, n_active, n_drop, words)
+    return lax.fori_loop(0, 2, stage, start)
 
 
 @partial(jax.jit, static_argnames=("shapes", "without"))
@@ -187,14 +192,17 @@ def random_masks(
     return _only(where, chosen, without)
 
 
-def _largest(keys: Callable[..., Stacks], of: Any, k: Array, key: Array | None) -> Stacks:
-    """Bool stacks, True at the ``k`` (N,) largest of ``keys(*of)``; never where a key is 0."""
+def _largest(keys: Callable[..., Stacks], of: Any, k: Array, words: Array | None) -> Stacks:
+    """Bool stacks, True at the ``k`` (N,) largest of ``keys(*of)``; never where a key is 0.
+
+    ``words`` (2, N) are random, for ties; with None the lowest indices win.
+    """
     shapes = tuple(a.shape for a in jax.eval_shape(keys, *of))
-    start = jnp.uint32(0) if key is None else _random_words(key, shapes)
+    start = jnp.uint32(0) if words is None else words
     of, k, start = _where_read((of, k, start))
 
     def ranks(start: Array) -> Stacks:
-        choice = _reversed_indices if key is None else _shuffled_indices
+        choice = _reversed_indices if words is None else _shuffled_indices
         return choice(start, shapes)
 
     def tied(of: Any, level: Array, start: Array) -> Stacks:
@@ -226,9 +234,14 @@ def _widest(scores: Stacks) -> Any:
     return _UNSIGNED[max(4, *(array.dtype.itemsize for array in scores))]
 
 
+def is_selectable(dtype: Any) -> bool:
+    """Whether numbers of this dtype can be ranked: floats of 16, 32 or 64 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize in _UNSIGNED
+
+
 def _checked_scores(scores: Any) -> Array:
     scores = jnp.asarray(scores)
-    if not jnp.issubdtype(scores.dtype, jnp.floating) or scores.dtype.itemsize not in _UNSIGNED:
+    if not is_selectable(scores.dtype):
         raise TypeError(
             f"scores must be a float16, bfloat16, float32 or float64 array, got {scores.dtype}"
         )
@@ -401,6 +414,7 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
         jnp.zeros(k.shape, jnp.int32),
         jnp.int32(unsigned.itemsize * 8 - _BITS),
     )
+    start = varying_as(start, of, k)
     threshold, reached, above, _ = lax.while_loop(is_open, narrow, start)
     return jnp.where(k > 0, threshold, ~unsigned.type(0)), reached, above
 
@@ -421,6 +435,7 @@ def _count_digits(a: Array, t: Array, shift: Array) -> list[Array]:
     return counts(*(digit >= i for i in range(1, 2**_BITS)))
 
 
+@jax.jit
 def counts(*conditions: Array) -> list[Array]:
     """How many elements of each array are True: int32 (n,), for bool stacks (n, *shape)."""
     axes = tuple(range(1, conditions[0].ndim))

@@ -15,19 +15,23 @@ that JAX returns is already the dense gradient by which RigL grows. Within one `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from sparseopt_jax.arguments import as_key, check_arguments
+from sparseopt_jax import activity as bits
+from sparseopt_jax.arguments import as_key, check_arguments, key_impl
 from sparseopt_jax.axes import AxesByPath, check_axes, check_patterns, kernel_axes
+from sparseopt_jax.by_path import ByPath, grouped
+from sparseopt_jax.constraints import kept_masked, where_active
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.explored import pack
-from sparseopt_jax.inner_optimizer import copies, each_copy, is_placeholder, reads_masks
+from sparseopt_jax.frozen import frozen_leaves
+from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scaled_by_age
+from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
 from sparseopt_jax.masks import (
     Distribution,
     Prunable,
@@ -40,72 +44,61 @@ from sparseopt_jax.masks import (
     named_leaves,
     path_str,
 )
-from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
+    NeverSparse,
     SparseTrainingState,
+    active_masks,
+    at_leaf,
     check_dense,
     count_fan_in,
-    emptied,
-    find_state,
+    find_states,
+    get_masks,
+    is_stand_in,
+    is_state,
+    mask_shapes,
     maskable,
-    newly_active,
-    recount,
-    replace_state,
-    without_grown,
+    replace_states,
+    settled_masks,
 )
 from sparseopt_jax.topology import Topology
+from sparseopt_jax.topology_update import Regime, accumulated, update_if_due
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 
 
-class SparseTraining(optax.GradientTransformationExtraArgs):
-    """What ``sparse_training`` returns: an optax transformation that can also update its topology.
-
-    Attributes:
-      update_topology: ``(state, params, grads) -> state``, one topology update at ``state.step``.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import sparseopt_jax as sx
-      >>> tx = sx.sparse_training(
-      ...     optax.sgd(0.1), distribution=sx.ERK(0.5), topology=sx.SET(10, 0.5, 100))
-      >>> params = {"kernel": jnp.ones((4, 2))}
-      >>> state = tx.update_topology(tx.init(params), params, params)
-      >>> int(sx.get_masks(state)["kernel"].sum())
-      4
-    """
-
-    update_topology: Callable[[SparseTrainingState, PyTree, PyTree], SparseTrainingState]
-
-
 def sparse_training(
     inner: optax.GradientTransformation,
     *,
-    topology: Topology,
-    distribution: Distribution | None = None,
+    topology: ByPath[Topology],
+    distribution: ByPath[Distribution] | None = None,
     masks: PyTree | None = None,
     seed: Any = 0,
     prunable: Prunable = default_prunable,
-    static_layers: Callable[[str], bool] | None = None,
     out_axes: AxesByPath = -1,
     batch_axes: AxesByPath = (),
     automatic: bool = True,
-) -> SparseTraining:
+    grown_warmup: GrownWarmup | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Train sparsely with any optax optimizer.
 
     Args:
       inner: the optimizer, for example ``sparseopt(0.1)`` or ``optax.adam(1e-3)``. It gets the
-        extra arguments ``masks`` and ``fan_in`` where it reads them (``scale_by_sparseopt`` does).
-      topology: when and how the masks change: ``Static``, ``SET``, ``RigL``.
-      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``.
+        extra arguments ``masks`` and ``fan_in`` (see ``scale_by_sparseopt``) unless it rejects
+        them, as line searches do.
+      topology: when and how the masks change: ``Static``, ``SET``, ``RigL``; or a mapping from glob
+        patterns over paths to them, of which the first that matches counts. Layers that no pattern
+        matches keep their masks.
+      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``;
+        or a mapping from patterns to them, each of which sees its layers only. Layers that no
+        pattern matches stay dense.
       masks: in place of a distribution, the masks to start from: bool arrays in the structure and
-        shapes of the parameters, True everywhere in leaves that ``prunable`` does not choose.
+        shapes of the parameters, True everywhere in leaves that ``prunable`` does not choose. They
+        are copied.
       seed: an int, a JAX random key, or a traced one of either. Initial masks, random growth and
         ties derive from it.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
-      static_layers: predicate over the path of a leaf; where it is True the masks never change.
       out_axes: the axis or axes of kernels that index neurons, or a mapping from glob patterns over
         paths to them; see ``fan_in``. Give ``scale_by_sparseopt`` the same, or it counts the masks
         again on each step.
@@ -114,18 +107,26 @@ def sparse_training(
       automatic: whether ``update`` follows the topology's schedule. With False the masks change
         only through ``update_topology``, for loops that schedule it themselves. Under ``jax.vmap``
         a scheduled update is computed on the steps on which one is due for any of the copies.
+      grown_warmup: smaller updates for weights that have become active: an int ramps them linearly
+        over that many steps (SMET), ``adam_bias_correction`` gives each weight Adam's bias
+        correction of its own age, a function ``(age, step) -> scale`` does anything else; see
+        there. Weights that were active from the start are not scaled. None: no difference.
 
     Returns:
       A transformation to be outermost but for wrappers that skip or accumulate whole steps
-      (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.inject_hyperparams``): whatever
-      changes its updates would change the ``-w`` of inactive weights. ``update`` needs ``params``.
-      Around ``optax.lookahead`` the parameters are ``optax.LookaheadParams``: both copies are kept
-      sparse by the same masks, which have the structure of one of them.
+      (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.inject_hyperparams``), and for
+      ``optax.partition``: whatever changes its updates would change the ``-w`` of inactive weights.
+      ``update`` needs ``params``. Around ``optax.lookahead`` the parameters are
+      ``optax.LookaheadParams``: both copies are kept sparse by the same masks, which have the
+      structure of one of them.
+
+      A layer whose gradient is zero everywhere, or whose update does not derive from it
+      (``optax.set_to_zero``, ``optax.freeze``), keeps its topology.
 
     Raises:
       TypeError: an argument of the wrong type; from ``init``: prunable parameters not floating.
-      ValueError: from ``init``: nothing to prune, or a distribution that does not fit; from
-        ``update``: params missing, or masks that do not fit them.
+      ValueError: from ``init``: nothing to prune, a distribution or a pattern that does not fit, or
+        a ``sparse_training`` inside; from ``update``: params missing, or masks that do not fit.
 
     Source: SparseOpt (arXiv 2605.27541); RigL (arXiv 1911.11134).
 
@@ -146,21 +147,23 @@ def sparse_training(
       >>> int(jnp.count_nonzero(params["kernel"]))
       16
     """
-    check_arguments(inner, distribution, masks, topology, static_layers, automatic)
+    check_arguments(inner, distribution, masks, topology, seed, automatic)
     check_axes("out_axes", out_axes)
     check_axes("batch_axes", batch_axes)
-    mask_key, topology_key = jax.random.split(as_key(seed))
-    key_impl = jax.random.key_impl(topology_key)
+    warmup = as_warmup(grown_warmup, topology)
     inner = optax.with_extra_args_support(inner)
-    accumulates = automatic and topology.accumulate_steps > 1
-    masks_are_read: list[bool] = []
-    found_shared: dict[Any, frozenset[Any]] = {}
     initial_masks = masks
+
+    def regimes_of(activity: PyTree) -> list[Regime]:
+        """Each topology that may change masks by itself or when asked, with its leaves."""
+        groups = grouped("topology", topology, list(named_leaves(activity)))
+        return [Regime(t, leaves, out_axes, batch_axes) for t, leaves in groups if leaves]
 
     def init_fn(params: PyTree) -> SparseTrainingState:
         if is_placeholder(params):
             return _outline(params)
-        weights = copies(params)[0]
+        mask_key, topology_key = jax.random.split(as_key(seed))
+        weights = param_copies(params)[0]
         layers = maskable_layers(weights, prunable, batch_axes)
         check_patterns("out_axes", out_axes, named_leaves(weights))
         check_patterns("batch_axes", batch_axes, named_leaves(weights))
@@ -172,204 +175,193 @@ def sparse_training(
         else:
             check_masks(initial_masks, weights)
             check_dense(initial_masks, lambda path: path not in layers)
-            masks = in_auto_mode(lambda m: m, like=weights)(
-                jax.tree.map(jnp.asarray, initial_masks)
-            )
+            masks = in_auto_mode(lambda m: m, like=weights)(jax.tree.map(jnp.array, initial_masks))
+
+        def byte(path: tuple[Any, ...], mask: Array) -> Any:
+            if path_str(path) not in layers:
+                return NeverSparse(mask.shape)
+            return bits.initial(mask)
 
         def count(path: tuple[Any, ...], mask: Array) -> Any:
             if path_str(path) not in layers:
                 return optax.MaskedNode()
             return count_fan_in(mask, kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes))
 
-        fan_in = jax.tree_util.tree_map_with_path(count, masks)
-        accumulator: PyTree = ()
-        if accumulates:
-            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights)
-            accumulator = maskable(fan_in, zeros)
-        explored = jax.tree.map(pack, maskable(fan_in, masks))
+        activity = jax.tree_util.tree_map_with_path(byte, masks)
+        regimes_of(activity)  # Its patterns are checked here.
+        inner_state = inner.init(map_copies(lambda p: apply_masks(p, masks), params))
+        if any(map(is_state, jax.tree.leaves(inner_state, is_leaf=is_state))):
+            raise ValueError(
+                "inner must not hold another sparse_training: the outer one would undo its masks. "
+                "Regimes that differ by layer are mappings, topology={'head/*': Static(), ...}, or "
+                "sparse_trainings side by side in optax.partition"
+            )
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(topology_key),
-            masks=masks,
-            fan_in=fan_in,
-            explored=explored,
-            grown=jax.tree.map(jnp.zeros_like, explored),
-            accumulator=accumulator,
-            inner_state=inner.init(each_copy(lambda p: apply_masks(p, masks), params)),
+            activity=activity,
+            fan_in=jax.tree_util.tree_map_with_path(count, masks),
+            changed_at=jnp.full(len(layers), -1, jnp.int32),
+            accumulator=_empty_accumulator(activity, weights),
+            inner_state=inner_state,
+        )
+
+    def _empty_accumulator(activity: PyTree, weights: PyTree) -> PyTree:
+        regimes = [r for r in regimes_of(activity) if r.accumulates] if automatic else []
+        if not regimes:
+            return ()
+        zeros, structure = jax.tree.flatten(
+            maskable(activity, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights))
+        )
+        accumulating = {i for regime in regimes for i in regime.leaves}
+        return jax.tree.unflatten(
+            structure,
+            [z if i in accumulating else optax.MaskedNode() for i, z in enumerate(zeros)],
         )
 
     def _outline(placeholder: Any) -> SparseTrainingState:
         """The state of ``optax.tree.map_params``, with what stands for parameters in their place.
 
-        The fan-in and the packed sets are no copies of the parameters: they have their own shapes.
+        Bytes and fan-in are no copies of the parameters: they lack leaves, or have own shapes.
         """
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
-            key=jax.random.key_data(topology_key),
-            masks=placeholder,
+            key=jax.random.key_data(as_key(seed)),
+            activity=jnp.zeros(()),
             fan_in=jnp.zeros(()),
-            explored=jnp.zeros(()),
-            grown=jnp.zeros(()),
-            accumulator=placeholder if accumulates else (),
+            changed_at=jnp.zeros(()),
+            accumulator=jnp.zeros(()),
             inner_state=inner.init(placeholder),
         )
 
-    def slots_shared(params: PyTree) -> frozenset[Any]:
-        """``shared_slots``, found once for parameters of the same structure and shapes."""
-        leaves, structure = jax.tree.flatten(params)
-        known = structure, tuple(jnp.shape(leaf) for leaf in leaves)
-        if known not in found_shared:
-            found_shared[known] = shared_slots(inner.init, params)
-        return found_shared[known]
+    def with_topology(
+        state: SparseTrainingState,
+        params: PyTree,
+        grads: PyTree,
+        inner_update: Callable[[PyTree], PyTree],
+        now: bool,
+    ) -> tuple[SparseTrainingState, Any]:
+        """The state after the topology updates of this step, and whether it moves no weight."""
+        paths = list(named_leaves(state.activity))
 
-    def moving(fan_in: PyTree, tree: PyTree) -> PyTree:
-        """``tree`` without the leaves whose masks never change."""
-        tree = maskable(fan_in, tree)
-        if static_layers is None:
-            return tree
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: optax.MaskedNode() if static_layers(path_str(path)) else leaf, tree
-        )
+        def topology_key(number: int) -> Array:
+            key = jax.random.wrap_key_data(state.key, impl=key_impl(seed))
+            key = jax.random.fold_in(key, state.step)
+            return key if len(regimes) == 1 else jax.random.fold_in(key, number)
 
-    def updated_topology(
-        state: SparseTrainingState, params: PyTree, scores: PyTree
-    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        """Masks, fan-in, explored set and grown weights after an update at ``state.step``."""
-        if topology.grow_by == "corrected_gradient":
-            scores = scale_by_fan_in(scores, state.fan_in, None, out_axes, batch_axes)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=key_impl), state.step)
-        masks = topology.update(
-            key,
-            state.step,
-            moving(state.fan_in, state.masks),
-            moving(state.fan_in, params),
-            moving(state.fan_in, scores),
-            batch_axes=batch_axes,
-        )
-        # Behind the barrier layers of one shape are alike, and the compiler makes their bits and
-        # counts with one kernel; without it each is fused with its part of a stack, and again
-        # with each set that it is added to.
-        masks = lax.optimization_barrier(masks)  # type: ignore[no-untyped-call]
-        merged = jax.tree.map(
-            lambda new, old: old if is_hidden(new) else new,
-            masks,
-            state.masks,
-            is_leaf=is_hidden,
-        )
-        # What was active before has been explored already.
-        fresh = maskable(state.fan_in, newly_active(state.masks, merged))
-        bits = lax.optimization_barrier(jax.tree.map(pack, fresh))  # type: ignore[no-untyped-call]
-        return (
-            merged,
-            recount(state.fan_in, merged),
-            jax.tree.map(jnp.bitwise_or, state.explored, bits),
-            jax.tree.map(jnp.bitwise_or, state.grown, bits),
-        )
-
-    def update_topology(
-        state: SparseTrainingState, params: PyTree, grads: PyTree
-    ) -> SparseTrainingState:
-        _check_fit(state, params, grads)
-        masks, fan_in, explored, grown = updated_topology(state, copies(params)[0], grads)
-        return state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown)
+        regimes, frozen = regimes_of(state.activity), None
+        skips: Any = False
+        for number, regime in enumerate(regimes):
+            is_update: Any = now or (automatic and regime.topology.is_update_step(state.step))
+            if is_update is False:
+                continue
+            scores = grads
+            if regime.accumulates and not now:
+                scores, state = accumulated(regime, state, grads, is_update)
+            if not (isinstance(is_update, jax.core.Tracer) or is_update):
+                continue
+            if regime.topology.skip_step:
+                skips = skips | is_update
+            if frozen is None:
+                frozen = frozen_leaves(inner_update, grads)
+            moving = tuple(i for i in regime.leaves if paths[i] not in frozen)
+            if moving:
+                regime, key = (
+                    regime._replace(leaves=moving),
+                    functools.partial(topology_key, number),
+                )
+                state = update_if_due(regime, is_update, key, state, params, scores)
+        return state, skips
 
     def update_fn(
-        updates: PyTree, state: SparseTrainingState, params: PyTree | None = None, **extra: Any
+        updates: PyTree,
+        state: SparseTrainingState,
+        params: PyTree | None = None,
+        *,
+        update_topology_only: bool = False,
+        **extra: Any,
     ) -> tuple[PyTree, SparseTrainingState]:
         if params is None:
             raise ValueError(
                 "params is missing: sparse_training needs update(grads, opt_state, params)"
             )
         _check_fit(state, params, updates)
-        grads, accumulator = updates, state.accumulator
-        masks, fan_in = state.masks, state.fan_in
-        explored, grown = state.explored, state.grown
-        is_update: Any = topology.is_update_step(state.step) if automatic else False
-        if is_update is not False:
-            scores = grads
-            if accumulates:
-                counted = topology.in_accumulation_window(state.step)
-                scores = jax.tree.map(
-                    lambda total, g: total + jnp.where(counted, g.astype(jnp.float32), 0.0),
-                    accumulator,
-                    maskable(fan_in, grads),
-                )
-                accumulator = jax.tree.map(lambda s: jnp.where(is_update, 0.0, s), scores)
-            masks, fan_in, explored, grown = _in_place_if(
-                is_update,
-                lambda masks, fan_in, explored, grown: updated_topology(
-                    state._replace(masks=masks, fan_in=fan_in, explored=explored, grown=grown),
-                    copies(params)[0],
-                    scores,
-                ),
-                (masks, fan_in, explored, grown),
-            )
-
-        def where_active(active: Any) -> PyTree:
-            return jax.tree.map(
-                lambda count, m, a: a if is_hidden(count) else jnp.where(m, a, jnp.zeros_like(a)),
-                fan_in,
-                masks,
-                active,
-                is_leaf=is_hidden,
-            )
-
-        grads, weights = where_active(grads), each_copy(where_active, params)
-        shared, stayed = slots_shared(params), maskable(fan_in, without_grown(masks, grown))
-        inner_state = reset_inactive(state.inner_state, inner.init(weights), stayed, shared)
-        if not masks_are_read:
-            masks_are_read.append(reads_masks(inner, grads, inner_state, weights, extra))
-        if masks_are_read[0]:
-            extra = extra | {"masks": masks, "fan_in": fan_in}
-        steps, new_inner_state = inner.update(grads, inner_state, weights, **extra)
-        if topology.skip_step and is_update is not False:
-            steps = jax.tree.map(lambda u: jnp.where(is_update, jnp.zeros_like(u), u), steps)
-            new_inner_state = keep_per_weight(
-                is_update, inner_state, new_inner_state, masks, shared
-            )
-
-        def leave(steps: PyTree, weights: PyTree) -> PyTree:
-            return jax.tree.map(_leave, fan_in, masks, steps, weights, is_leaf=is_hidden)
-
-        return each_copy(leave, steps, params), SparseTrainingState(
-            step=optax.safe_increment(state.step),
-            key=state.key,
-            masks=masks,
-            fan_in=fan_in,
-            explored=explored,
-            grown=emptied(grown, state.step),
-            accumulator=accumulator,
-            inner_state=new_inner_state,
+        weights = param_copies(params)[0]
+        names = accepted(
+            lambda **given: inner.update(updates, state.inner_state, params, **given),
+            _offered(state, weights),
+            extra,
         )
 
-    transformation = SparseTraining(init_fn, update_fn)
-    transformation.update_topology = update_topology
-    return transformation
+        def inner_update(
+            grads: PyTree, inner_state: PyTree, params: PyTree, state: SparseTrainingState
+        ) -> tuple[PyTree, PyTree]:
+            offered = _offered(state, weights)
+            given = extra | {name: offered[name] for name in names}
+            return inner.update(grads, inner_state, params, **given)
 
+        def first_updates(grads: PyTree) -> PyTree:
+            return param_copies(inner_update(grads, state.inner_state, params, state)[0])[0]
 
-def _in_place_if(condition: Any, change: Callable[..., Any], values: Any) -> Any:
-    """``change(*values)`` where ``condition``, else ``values``, which are not copied then.
+        new, skips = with_topology(state, weights, updates, first_updates, update_topology_only)
+        keep = functools.partial(where_active, active_masks(new))
+        keep_masked = functools.partial(kept_masked, active_masks(new))
+        if update_topology_only:
+            nothing = map_copies(functools.partial(jax.tree.map, jnp.zeros_like), params)
+            return map_copies(keep_masked, nothing, params), new
 
-    That is ``lax.cond``, written as a loop of one pass or none: XLA gives the values of a loop one
-    buffer from start to end, where each branch of a conditional, also the one that does nothing,
-    would copy what it returns.
-    """
-    _, values = lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), change(*carry[1])),
-        (jnp.asarray(condition), values),
-    )
-    return values
+        sparse = map_copies(keep, params)
+        shared = shared_slots(inner.init, params)
+        inner_state = reset_inactive(
+            state.inner_state, inner.init(sparse), settled_masks(new), shared
+        )
+        steps, inner_after = inner_update(keep(updates), inner_state, sparse, new)
+        if skips is not False:
+            steps = jax.tree.map(lambda u: jnp.where(skips, jnp.zeros_like(u), u), steps)
+            inner_after = keep_per_weight(skips, inner_state, inner_after, weights, shared)
+        if warmup is not None:
+            steps = map_copies(lambda u: warmed(u, new), steps)
+        return map_copies(keep_masked, steps, params), new._replace(
+            step=optax.safe_increment(state.step), inner_state=inner_after
+        )
+
+    def warmed(updates: PyTree, state: SparseTrainingState) -> PyTree:
+        """The updates of maskable leaves times the scale of each weight's age."""
+        assert warmup is not None
+        intervals = {
+            i: interval_of(regime.topology)
+            for regime in regimes_of(state.activity)
+            for i in regime.leaves
+        }
+        activity, structure = jax.tree.flatten(state.activity)
+        own = [
+            scaled_by_age(
+                warmup, u, a, intervals.get(i, 0), at_leaf(state.changed_at, i, a), state.step
+            )
+            for i, (u, a) in enumerate(
+                zip(jax.tree.leaves(maskable(state.activity, updates)), activity, strict=True)
+            )
+        ]
+        return jax.tree.map(
+            lambda a, scaled, u: u if is_stand_in(a) else scaled,
+            state.activity,
+            jax.tree.unflatten(structure, own),
+            updates,
+            is_leaf=is_stand_in,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def update_topology(
-    tx: SparseTraining, opt_state: optax.OptState, params: PyTree, grads: PyTree
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: PyTree, grads: PyTree
 ) -> tuple[PyTree, optax.OptState]:
     """One topology update, now, for loops that schedule it themselves.
 
     Args:
-      tx: what ``sparse_training`` returned (usually with ``automatic=False``), also where
-        ``opt_state`` is the state of something wrapped around it.
+      tx: what ``sparse_training`` returned (usually with ``automatic=False``), or an
+        ``optax.partition`` with several of them; also where ``opt_state`` is the state of something
+        wrapped around it.
       opt_state: the optimizer state; the drop fraction follows the number of steps in it.
       params: the parameters.
       grads: their gradient with respect to all weights, or a sum of it over several steps.
@@ -377,11 +369,12 @@ def update_topology(
     Returns:
       ``(params, opt_state)``: the parameters with dropped weights at exactly zero, and the state
       with the new masks. Slots of weights that changed return to their initial value on the next
-      ``update``.
+      ``update``. Nothing else in the state changes.
 
     Raises:
-      TypeError: ``tx`` did not come from ``sparse_training``.
-      ValueError: masks do not fit ``params`` or ``grads``.
+      TypeError: ``opt_state`` holds no state of ``tx``, or ``tx`` skips steps.
+      ValueError: there is no state of ``sparse_training``, or masks do not fit ``params`` or
+        ``grads``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -396,14 +389,40 @@ def update_topology(
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       16
     """
-    if not isinstance(tx, SparseTraining):
+    find_states(opt_state)
+    own = _state_of(tx, opt_state, params)
+    _, new = optax.with_extra_args_support(tx).update(grads, own, params, update_topology_only=True)
+    states = find_states(new)
+    masks = get_masks(new)
+    return map_copies(lambda p: apply_masks(p, masks), params), replace_states(opt_state, states)
+
+
+def _state_of(tx: Any, opt_state: optax.OptState, params: PyTree) -> optax.OptState:
+    """The part of ``opt_state`` that is the state of ``tx``."""
+    structure = jax.tree.structure(jax.eval_shape(tx.init, params))
+
+    def fits(node: Any) -> bool:
+        return jax.tree.structure(node) == structure  # type: ignore[operator]
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=fits) if fits(node)]
+    if len(found) != 1 or isinstance(found[0], optax.MultiStepsState):
         raise TypeError(
-            "tx must be the transformation that sparse_training returned, without wrappers around "
-            f"it, got {type(tx).__name__}"
+            "tx must be what sparse_training returned, or an optax.partition of several, without "
+            "what is wrapped around it and was made for the same parameters as opt_state; got "
+            f"{type(tx).__name__} and a state of type {type(opt_state).__name__}"
         )
-    state = tx.update_topology(find_state(opt_state), params, grads)
-    params = each_copy(lambda p: apply_masks(p, state.masks), params)
-    return params, replace_state(opt_state, state)
+    return found[0]
+
+
+def _offered(state: SparseTrainingState, params: PyTree) -> dict[str, Any]:
+    """What the inner optimizer may read: masks of all leaves, and the neurons' fan-in."""
+    masks = jax.tree.map(
+        lambda m, p: m if is_hidden(p) or not is_hidden(m) else jnp.ones_like(p, jnp.bool_),
+        active_masks(state),
+        params,
+        is_leaf=is_hidden,
+    )
+    return {"masks": masks, "fan_in": state.fan_in}
 
 
 def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> None:
@@ -412,15 +431,6 @@ def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> Non
             "opt_state must be a SparseTrainingState as init returns it, "
             f"got {type(state).__name__}"
         )
-    for copy in copies(params):
-        check_masks(state.masks, copy)
-    check_masks(state.masks, grads)
-
-
-def _leave(count: Any, mask: Any, step: Any, weight: Any) -> Any:
-    """The update that takes inactive weights to exactly 0, in a dtype that holds ``-weight``."""
-    if is_hidden(count):
-        return step
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(step.dtype, weight.dtype)
-    return jnp.where(mask, step.astype(dtype), -weight.astype(dtype))
+    for copy in param_copies(params):
+        check_masks(mask_shapes(state), copy)
+    check_masks(mask_shapes(state), grads)

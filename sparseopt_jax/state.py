@@ -1,21 +1,48 @@
-"""The state of ``sparse_training``, and how masks get out of it and into it."""
+"""The state of ``sparse_training``, and how masks get out of it and into it.
+
+Several ``sparse_training``s may share a state (``optax.partition``): each has the leaves that the
+others do not, and what is read here is put together from all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import KernelAxes
-from sparseopt_jax.explored import count_explored, pack, unpack
+from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import check_masks, is_hidden, named_leaves
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
+
+
+class NeverSparse(NamedTuple):
+    """Stands in ``activity`` for a leaf that is never sparse; it holds no array.
+
+    Attributes:
+      shape: the leaf's.
+
+    Example:
+      >>> import jax
+      >>> import sparseopt_jax as sx
+      >>> jax.tree.leaves(sx.NeverSparse((3,)))
+      []
+    """
+
+    shape: tuple[int, ...]
+
+
+jax.tree_util.register_pytree_node(
+    NeverSparse, lambda node: ((), node.shape), lambda shape, _: NeverSparse(shape)
+)
 
 
 class SparseTrainingState(NamedTuple):
@@ -24,14 +51,13 @@ class SparseTrainingState(NamedTuple):
     Attributes:
       step: int32 scalar, how many updates have been made.
       key: uint32 key data from which each topology update derives its key.
-      masks: bool arrays in the structure and shapes of the parameters.
+      activity: in the structure of the parameters, for each maskable leaf uint8 in its shape: bit 0
+        is set while the weight is active, bit 1 once it has been, and the six bits above count the
+        topology updates since the weight became active, up to 63. ``NeverSparse`` for other leaves.
       fan_in: for each maskable leaf the int32 active fan-in of its neurons, with the incoming axes
         kept as 1; ``optax.MaskedNode`` for all other leaves.
-      explored: for each maskable leaf which weights have been active at any time, uint8 with one
-        bit a weight; ``optax.MaskedNode`` for all other leaves. See ``get_explored``.
-      grown: likewise the weights that became active since the last step. Their optimizer slots are
-        reset on the next one; the set is empty between steps unless masks were changed by hand.
-      accumulator: float32 sums of gradients where the topology accumulates, else an empty tuple.
+      changed_at: int32, for each topology the step at which it last changed the masks; -1 before.
+      accumulator: float32 sums of gradients where a topology accumulates, else an empty tuple.
       inner_state: the wrapped optimizer's state.
 
     Example:
@@ -40,16 +66,15 @@ class SparseTrainingState(NamedTuple):
       >>> tx = sx.sparse_training(
       ...     optax.sgd(0.1), distribution=sx.ERK(0.5), topology=sx.Static())
       >>> state = tx.init({"kernel": jnp.ones((16, 2)), "bias": jnp.zeros(2)})
-      >>> int(state.step), state.fan_in["kernel"].shape, state.explored["kernel"].shape
-      (0, (1, 2), (2, 2))
+      >>> int(state.step), state.fan_in["kernel"].shape, state.activity["kernel"].dtype
+      (0, (1, 2), dtype('uint8'))
     """
 
     step: Array
     key: Array
-    masks: PyTree
+    activity: PyTree
     fan_in: PyTree
-    explored: PyTree
-    grown: PyTree
+    changed_at: Array
     accumulator: PyTree
     inner_state: optax.OptState
 
@@ -58,13 +83,16 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
     """The masks in an optimizer state, however deep ``sparse_training``'s state is nested in it.
 
     Args:
-      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+      opt_state: the state of ``sparse_training``, of anything wrapped around it, or of an
+        ``optax.partition`` with several of them.
 
     Returns:
-      Bool arrays in the structure and shapes of the parameters.
+      Bool arrays in the structure and shapes of the parameters. A leaf of a partition that no
+      ``sparse_training`` has is ``optax.MaskedNode``, which counts as dense wherever masks are
+      taken.
 
     Raises:
-      ValueError: there is no such state in it, or more than one.
+      ValueError: there is no such state in it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -75,22 +103,21 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       8
     """
-    # New containers, so that a caller who edits the tree does not edit the state.
-    return jax.tree.map(lambda mask: mask, find_state(opt_state).masks)
+    return _merged(_read(state, bits.is_active) for state in find_states(opt_state))
 
 
 def get_explored(opt_state: optax.OptState) -> PyTree:
     """Which weights have been active at any time since the first step.
 
     Args:
-      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+      opt_state: as for ``get_masks``.
 
     Returns:
       Bool arrays in the structure and shapes of the parameters; True everywhere for leaves that
       are never sparse. ``density`` of it is the exploration rate of each layer.
 
     Raises:
-      ValueError: there is no such state in it, or more than one.
+      ValueError: there is no state of ``sparse_training`` in it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -101,13 +128,7 @@ def get_explored(opt_state: optax.OptState) -> PyTree:
       >>> int(sx.get_explored(opt_state)["kernel"].sum())
       8
     """
-    state = find_state(opt_state)
-    return jax.tree.map(
-        lambda bits, mask: mask if is_hidden(bits) else unpack(bits, mask),
-        state.explored,
-        state.masks,
-        is_leaf=is_hidden,
-    )
+    return _merged(_read(state, bits.is_explored) for state in find_states(opt_state))
 
 
 def itop_rate(opt_state: optax.OptState) -> Array:
@@ -118,13 +139,13 @@ def itop_rate(opt_state: optax.OptState) -> Array:
     that the distribution keeps dense does.
 
     Args:
-      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+      opt_state: as for ``get_masks``.
 
     Returns:
       float32 scalar in (0, 1]. Per layer: ``density(get_explored(opt_state))``.
 
     Raises:
-      ValueError: there is no such state in it, or more than one.
+      ValueError: there is no state of ``sparse_training`` in it.
 
     Source: Liu et al., In-Time Over-Parameterization (arXiv 2102.02887), section 3.2.
 
@@ -137,12 +158,11 @@ def itop_rate(opt_state: optax.OptState) -> Array:
       >>> float(sx.itop_rate(tx.init(params)))
       0.25
     """
-    state = find_state(opt_state)
-    sizes = [mask.size for mask in jax.tree.leaves(maskable(state.fan_in, state.masks))]
-    explored = [count_explored(bits) for bits in jax.tree.leaves(state.explored)]
+    leaves = [a for state in find_states(opt_state) for a in jax.tree.leaves(state.activity)]
+    explored = [jnp.sum(bits.is_explored(a), dtype=jnp.int32) for a in leaves]
     # Counts are integers in a layer; their total may be more than int32 holds.
     total = sum((n.astype(jnp.float32) for n in explored), jnp.float32(0))
-    return total / jnp.float32(sum(sizes))
+    return total / jnp.float32(sum(a.size for a in leaves))
 
 
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
@@ -152,17 +172,17 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     their initial value. Inactive weights become zero then; ``apply_masks`` zeroes them at once.
 
     Args:
-      opt_state: the state of ``sparse_training`` or of anything wrapped around it.
+      opt_state: as for ``get_masks``.
       masks: bool arrays in the structure and shapes of the parameters. They may keep other numbers
         of weights than before. Leaves that ``prunable`` did not choose must be True everywhere.
 
     Returns:
-      The new state, of the same structure.
+      The new state, of the same structure. It shares no array with ``masks``.
 
     Raises:
       TypeError: a mask is not bool.
       ValueError: structure or shapes differ, a leaf that is not maskable has inactive weights, or
-        there is not exactly one state of ``sparse_training``.
+        there is no state of ``sparse_training``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -174,21 +194,40 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       4
     """
-    state = find_state(opt_state)
-    check_masks(masks, state.masks)
-    masks = jax.tree.map(jnp.asarray, masks)
-    maskable_paths = named_leaves(state.fan_in)
+    states = find_states(opt_state)
+    check_masks(masks, _merged(mask_shapes(state) for state in states))
+    maskable_paths = {path for state in states for path in named_leaves(state.activity)}
     check_dense(masks, lambda path: path not in maskable_paths)
-    # Masks that no step has used yet have explored nothing.
-    unused = state.step == 0
-    before = jax.tree.map(lambda bits: jnp.where(unused, jnp.uint8(0), bits), state.explored)
-    new = state._replace(
-        masks=masks,
-        fan_in=recount(state.fan_in, masks),
-        explored=add_bits(before, masks),
-        grown=add_bits(state.grown, newly_active(state.masks, masks)),
+
+    own = {path: mask for path, mask in named_leaves(masks).items() if path in maskable_paths}
+    return replace_states(opt_state, [_with_masks(state, own) for state in states])
+
+
+def _with_masks(state: SparseTrainingState, masks: dict[str, Any]) -> SparseTrainingState:
+    old, structure = jax.tree.flatten(state.activity)
+    counts, counts_structure = jax.tree.flatten(state.fan_in)
+    own = [masks[path] for path in named_leaves(state.activity)]
+    step = jnp.broadcast_to(state.step[..., None], state.changed_at.shape)
+
+    def with_mask(activity: Array, mask: Array, unused: Array, again: Array) -> Array:
+        later = bits.changed(activity, mask, again)
+        # Masks that no step has used yet have explored nothing.
+        return jnp.where(unused, bits.initial(mask), later)
+
+    new = [
+        in_auto_mode(with_mask, like=a)(
+            a, jnp.array(m), at_leaf(step == 0, i, a), at_leaf(state.changed_at == step, i, a)
+        )
+        for i, (a, m) in enumerate(zip(old, own, strict=True))
+    ]
+    return state._replace(
+        activity=jax.tree.unflatten(structure, new),
+        fan_in=jax.tree.unflatten(
+            counts_structure,
+            [recount(c, bits.is_active(a)) for c, a in zip(counts, new, strict=True)],
+        ),
+        changed_at=step,
     )
-    return replace_state(opt_state, new)
 
 
 def check_dense(masks: PyTree, never_sparse: Callable[[str], bool]) -> None:
@@ -201,29 +240,82 @@ def check_dense(masks: PyTree, never_sparse: Callable[[str], bool]) -> None:
             )
 
 
-def find_state(opt_state: optax.OptState) -> SparseTrainingState:
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
-    if len(found) != 1:
+def find_states(opt_state: optax.OptState) -> list[SparseTrainingState]:
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
+    if not found:
         raise ValueError(
-            f"opt_state must hold exactly one state of sparse_training, found {len(found)} in a "
+            f"opt_state must hold a state of sparse_training, found none in a "
             f"{type(opt_state).__name__}"
         )
-    return cast(SparseTrainingState, found[0])
+    return found
 
 
-def replace_state(opt_state: optax.OptState, new: SparseTrainingState) -> optax.OptState:
-    return jax.tree.map(lambda leaf: new if _is_state(leaf) else leaf, opt_state, is_leaf=_is_state)
+def replace_states(opt_state: optax.OptState, new: Iterable[SparseTrainingState]) -> optax.OptState:
+    """``opt_state`` with ``new`` in place of the states that ``find_states`` finds in it."""
+    remaining = iter(new)
+    return jax.tree.map(
+        lambda leaf: next(remaining) if is_state(leaf) else leaf, opt_state, is_leaf=is_state
+    )
 
 
-def _is_state(leaf: Any) -> bool:
+def is_state(leaf: Any) -> bool:
     return isinstance(leaf, SparseTrainingState)
 
 
-def maskable(fan_in: PyTree, tree: PyTree) -> PyTree:
+def is_stand_in(leaf: Any) -> bool:
+    """Whether a node of ``activity`` stands for a leaf that is never masked here."""
+    return isinstance(leaf, NeverSparse | optax.MaskedNode)
+
+
+def maskable(activity: PyTree, tree: PyTree) -> PyTree:
     """``tree`` with ``MaskedNode`` in place of the leaves that are not maskable."""
     return jax.tree.map(
-        lambda count, leaf: count if is_hidden(count) else leaf, fan_in, tree, is_leaf=is_hidden
+        lambda a, leaf: optax.MaskedNode() if is_stand_in(a) else leaf,
+        activity,
+        tree,
+        is_leaf=is_stand_in,
     )
+
+
+def active_masks(state: SparseTrainingState) -> PyTree:
+    """Masks of the maskable leaves; ``MaskedNode`` for all others."""
+    masks = jax.tree.map(bits.is_active, state.activity)
+    return maskable(state.activity, masks)
+
+
+def settled_masks(state: SparseTrainingState) -> PyTree:
+    """Likewise, without the weights that became active after the last step."""
+    activity, structure = jax.tree.flatten(state.activity)
+    now = state.changed_at == state.step
+    settled = [
+        bits.is_active(a) & ~(bits.is_young(a) & at_leaf(now, i, a)) for i, a in enumerate(activity)
+    ]
+    return maskable(state.activity, jax.tree.unflatten(structure, settled))
+
+
+def mask_shapes(state: SparseTrainingState) -> PyTree:
+    """Shapes in place of the masks of a state."""
+
+    def shape(activity: Any) -> Any:
+        if is_hidden(activity):
+            return activity
+        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            (*state.step.shape, *activity.shape)
+            if isinstance(activity, NeverSparse)
+            else activity.shape,
+            jnp.bool_,
+        )
+
+    return jax.tree.map(shape, state.activity, is_leaf=is_stand_in)
+
+
+def at_leaf(values: Array, i: int, leaf: Array) -> Array:
+    """The ``i``-th of ``values``, one for each maskable leaf, in a shape that broadcasts to it.
+
+    Axes ahead of the last are those of a mapped state that is read from outside of ``jax.vmap``.
+    """
+    own = values[..., i]
+    return own.reshape(own.shape + (1,) * (leaf.ndim - own.ndim))
 
 
 def count_fan_in(mask: Array, axes: KernelAxes) -> Array:
@@ -231,47 +323,35 @@ def count_fan_in(mask: Array, axes: KernelAxes) -> Array:
     return jnp.sum(mask, axis=axes.incoming, keepdims=True, dtype=jnp.int32)
 
 
-def recount(fan_in: PyTree, masks: PyTree) -> PyTree:
-    """The counts of ``fan_in`` for new masks; an axis of size 1 is one that was summed over."""
-
-    def count(old: Any, mask: Any) -> Any:
-        if is_hidden(old):
-            return old
-        axes = tuple(axis for axis, size in enumerate(old.shape) if size == 1)
-        return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-
-    return jax.tree.map(count, fan_in, masks, is_leaf=is_hidden)
+def recount(count: Array, mask: Array) -> Array:
+    """The fan-in ``count`` for a new mask; an axis of size 1 is one that was summed over."""
+    axes = tuple(axis for axis, size in enumerate(count.shape) if size == 1)
+    return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
 
 
-def add_bits(packed: PyTree, masks: PyTree) -> PyTree:
-    """A packed set with the weights of ``masks`` in it."""
-    return jax.tree.map(
-        lambda bits, mask: bits if is_hidden(bits) else bits | pack(mask),
-        packed,
-        masks,
-        is_leaf=is_hidden,
-    )
+def _read(state: SparseTrainingState, of: Callable[[Array], Array]) -> PyTree:
+    """``of`` the bytes, True everywhere for leaves that are never sparse."""
+
+    def read(activity: Any) -> Any:
+        if isinstance(activity, NeverSparse):
+            return jnp.ones((*state.step.shape, *activity.shape), jnp.bool_)
+        return activity if is_hidden(activity) else of(activity)
+
+    return jax.tree.map(read, state.activity, is_leaf=is_stand_in)
 
 
-def newly_active(before: PyTree, after: PyTree) -> PyTree:
-    """Weights that are active only in ``after``."""
-    return jax.tree.map(lambda old, new: new & ~old, before, after)
+def _merged(trees: Iterable[PyTree]) -> PyTree:
+    """One tree out of those of several states, of which each leaves out the others' parts."""
+    return functools.reduce(_merge, trees)
 
 
-def without_grown(masks: PyTree, grown: PyTree) -> PyTree:
-    """``masks`` without the weights of the packed set ``grown``."""
-    return jax.tree.map(
-        lambda bits, mask: mask if is_hidden(bits) else mask & ~unpack(bits, mask),
-        grown,
-        masks,
-        is_leaf=is_hidden,
-    )
-
-
-def emptied(packed: PyTree, step: Array) -> PyTree:
-    """A packed set without any weights, sharded as before.
-
-    A constant would have no sharding to keep, and in Auto mode the compiler would replicate it. It
-    does not know that no step is negative.
-    """
-    return jax.tree.map(lambda bits: jnp.where(step < 0, bits, jnp.zeros_like(bits)), packed)
+def _merge(tree: PyTree, other: PyTree) -> PyTree:
+    if is_hidden(tree):
+        return other
+    if is_hidden(other):
+        return tree
+    parts, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+    others = jax.tree.leaves(other, is_leaf=lambda node: node is not other)
+    if len(parts) == 1 and parts[0] is tree:
+        return tree
+    return jax.tree.unflatten(structure, map(_merge, parts, others))

@@ -170,15 +170,18 @@ class _Scheduled:
         """How many weights of each layer are active, and how many of them to drop, both (N,).
 
         floor(fraction * n_active) are dropped, in integer arithmetic; none of a layer with a weight
-        or score that is not finite.
+        or score that is not finite, and none of one whose scores are all 0: a layer that no
+        gradient reaches could not train what it grew.
         """
         found = [
-            counts(m, ~(jnp.isfinite(w) & jnp.isfinite(s)))
+            counts(m, ~(jnp.isfinite(w) & jnp.isfinite(s)), s != 0)
             for m, w, s in zip(masks, weights, scores, strict=True)
         ]
-        n_active, n_not_finite = (jnp.concatenate(kind) for kind in zip(*found, strict=True))
+        n_active, n_not_finite, n_scored = (
+            jnp.concatenate(kind) for kind in zip(*found, strict=True)
+        )
         n_drop = _millionths_of(self._drop_millionths(step), n_active)
-        return n_active, jnp.where(n_not_finite > 0, 0, n_drop)
+        return n_active, jnp.where((n_not_finite > 0) | (n_scored == 0), 0, n_drop)
 
     def _drop_smallest(
         self, key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
@@ -207,7 +210,7 @@ class SET(_Scheduled):
 
     A weight that was dropped may be among those grown in the same update; it then keeps its value
     and its optimizer state. Ties are broken at random. A layer with a weight or gradient that is
-    not finite keeps its topology on that update.
+    not finite, or whose gradient is zero everywhere, keeps its topology on that update.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -242,7 +245,7 @@ class SET(_Scheduled):
         *,
         batch_axes: AxesByPath = (),
     ) -> PyTree:
-        """One update; see ``RigL.update``. ``scores`` only tell which layers are finite."""
+        """One update; see ``RigL.update``. ``scores`` only tell which layers stay."""
 
         def update_layers(
             key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
@@ -293,7 +296,8 @@ class RigL(_Scheduled):
 
     A weight that was dropped may be among those grown in the same update; it then keeps its value
     and its optimizer state. Other grown weights start at zero. Ties are broken at random. A layer
-    with a weight or gradient that is not finite keeps its topology on that update.
+    with a weight or gradient that is not finite, or whose gradient is zero everywhere, keeps its
+    topology on that update.
 
     Raises:
       TypeError: an argument of the wrong type.

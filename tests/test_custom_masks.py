@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import sparseopt_jax as sx
-from sparseopt_jax.explored import pack, packed_axis, unpack
+from sparseopt_jax import activity as bits
 from tests.helpers import flat, make_params, random_masks
 from tests.training import (
     RIGL,
@@ -75,26 +75,6 @@ def test_given_masks_are_checked():
         given(partly).init(params)
 
 
-# --- layers whose topology stays -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("topology", [RIGL, SET], ids=["rigl", "set"])
-def test_static_layers_keep_their_masks(topology):
-    tx = make_tx(topology=topology, static_layers=lambda path: path.startswith("Dense_0"))
-    _, opt_state = start(tx, make_params())
-    before = flat(sx.get_masks(opt_state))
-    params, opt_state = run(tx, make_params(), 8)
-    after = flat(sx.get_masks(opt_state))
-    changed = {p for p in before if (np.asarray(before[p]) != np.asarray(after[p])).any()}
-    assert changed == {"Conv_0/kernel", "Dense_1/kernel"}
-    check_zeros(params, opt_state)
-
-
-def test_static_layers_must_be_a_predicate():
-    with pytest.raises(TypeError, match="static_layers must be a function of a leaf's path"):
-        make_tx(static_layers="Dense_0")
-
-
 # --- masks changed by hand between steps -----------------------------------------------------
 
 
@@ -129,8 +109,10 @@ def test_weights_made_active_by_hand_start_from_the_initial_slots():
     g = np.asarray(grads["Dense_0"]["kernel"])
     np.testing.assert_allclose(nu[~old], (0.5 + 0.5 * g**2)[~old], rtol=1e-6)
     assert not np.allclose(nu[old], (0.5 + 0.5 * g**2)[old], rtol=1e-3)
-    for bits in jax.tree.leaves(opt_state.grown):
-        assert not np.asarray(bits).any()
+    # On the next step they keep what they have.
+    _, later = step_fn(tx)(params, opt_state, jax.tree.map(jnp.zeros_like, grads))
+    nu_later = np.asarray(later.inner_state[0].nu["Dense_0"]["kernel"])
+    np.testing.assert_allclose(nu_later[~old], 0.5 * nu[~old], rtol=1e-6)
 
 
 def test_editing_the_masks_one_got_does_not_edit_the_state():
@@ -164,35 +146,31 @@ def test_an_average_of_the_weights_is_sparse_only_where_masks_are_applied():
 # --- the explored set ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [
-        ((3, 16, 24), 1),
-        ((16, 16), 0),
-        ((7, 7, 3, 64), 0),
-        ((3, 3, 4, 10), 2),
-        ((5, 7), 0),
-        ((8, 3), 1),
-        ((2, 2, 9), 2),
-        ((9,), 0),
-        ((1, 1), 0),
-    ],
-)
-def test_packing_is_as_it_says_and_takes_little_memory(shape, axis):
-    """Along the axis with the least padding, but for the longest: that is the one to shard."""
-    assert packed_axis(shape) == axis
-    mask = np.random.default_rng(0).random(shape) < 0.4
-    bits = pack(jnp.asarray(mask))
-    # Eight parts side by side, each the same bit of its bytes.
-    width = bits.shape[axis]
-    padded = np.pad(mask, [(0, 8 * width - n if i == axis else 0) for i, n in enumerate(shape)])
-    parts = np.stack(np.split(padded, 8, axis), -1)
-    np.testing.assert_array_equal(bits, np.packbits(parts, -1, bitorder="little")[..., 0])
-    np.testing.assert_array_equal(unpack(bits, jnp.asarray(mask)), mask)
-    if shape[axis] % 8 == 0:
-        assert bits.size * 8 == mask.size
-    elif shape[axis] >= 3:
-        assert bits.size * 3 <= mask.size
+# Before and after: active, ever active, age in updates. First an ordinary update, then a second one
+# between the same two steps, in which ages stay.
+CHANGES = [
+    ((1, 1, 63), True, (1, 1, 63), (1, 1, 63)),  # active from the start
+    ((1, 1, 62), True, (1, 1, 63), (1, 1, 62)),
+    ((1, 1, 0), True, (1, 1, 1), (1, 1, 0)),  # grown in the update before
+    ((1, 1, 5), False, (0, 1, 0), (0, 1, 0)),  # dropped
+    ((0, 1, 0), True, (1, 1, 0), (1, 1, 0)),  # regrown
+    ((0, 0, 0), True, (1, 1, 0), (1, 1, 0)),  # grown for the first time
+    ((0, 1, 0), False, (0, 1, 0), (0, 1, 0)),
+    ((0, 0, 0), False, (0, 0, 0), (0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_byte_of_a_weight(again):
+    before = jnp.array([a | e << 1 | age << 2 for (a, e, age), *_ in CHANGES], jnp.uint8)
+    mask = jnp.array([active for _, active, *_ in CHANGES])
+    after = bits.changed(before, mask, again)
+    expected = [row[3 if again else 2] for row in CHANGES]
+    for i, of in enumerate((bits.is_active, bits.is_explored, bits.age)):
+        assert np.asarray(of(after)).astype(int).tolist() == [row[i] for row in expected]
+    assert after.dtype == jnp.uint8
+    young = np.asarray(bits.is_young(after) & mask)
+    assert young.tolist() == [bool(a) and age == 0 for a, _, age in expected]
 
 
 @pytest.mark.parametrize("topology", [RIGL, SET], ids=["rigl", "set"])
@@ -278,14 +256,14 @@ def test_a_restored_state_without_masks_is_an_error():
     dense = optax.adam(1e-2).init(params)
     for without in (None, (), {}):
         with pytest.raises(ValueError, match="masks must have the tree structure of params"):
-            tx.update(grads, opt_state._replace(masks=without), params)
+            tx.update(grads, opt_state._replace(activity=without), params)
     as_dict = flax.serialization.to_state_dict(opt_state)
     with pytest.raises(TypeError, match=r"must be a SparseTrainingState .* got dict"):
         tx.update(grads, as_dict, params)
     with pytest.raises(TypeError, match="must be a SparseTrainingState"):
         tx.update(grads, dense, params)
-    with pytest.raises(ValueError, match="exactly one state of sparse_training, found 0"):
+    with pytest.raises(ValueError, match="must hold a state of sparse_training, found none"):
         sx.get_masks(dense)
-    del as_dict["masks"]
-    with pytest.raises(ValueError, match="masks"):
+    del as_dict["activity"]
+    with pytest.raises(ValueError, match="activity"):
         flax.serialization.from_state_dict(opt_state, as_dict)

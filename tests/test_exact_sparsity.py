@@ -63,22 +63,22 @@ def thousand_steps(name):
         params = jax.tree.map(jnp.asarray, make_params())
         opt_state = tx.init(params)
         params = sx.apply_masks(params, sx.get_masks(opt_state))
-        expected = jax.tree.map(jnp.sum, opt_state.masks)
+        expected = jax.tree.map(jnp.sum, sx.get_masks(opt_state))
 
         def body(carry, inputs):
             params, opt_state = carry
             kind, key = inputs
-            before = opt_state.masks
+            before = sx.get_masks(opt_state)
             grads = awkward_gradients(kind, key, params)
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             good = jax.tree.map(
                 lambda p, m, n: (jnp.sum(m) == n) & jnp.all(jnp.where(m, True, p == 0)),
                 params,
-                opt_state.masks,
+                sx.get_masks(opt_state),
                 expected,
             )
-            changed = jax.tree.map(lambda a, b: jnp.any(a != b), before, opt_state.masks)
+            changed = jax.tree.map(lambda a, b: jnp.any(a != b), before, sx.get_masks(opt_state))
             moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
             ok = jnp.all(jnp.stack(jax.tree.leaves(good)))
             # A weight or slot that a gradient made NaN or infinite would freeze its layer for the
@@ -91,7 +91,9 @@ def thousand_steps(name):
                     else x
                 ),
             )
-            params = jax.tree.map(lambda p, m: jnp.where(m, heal(p), p), params, opt_state.masks)
+            params = jax.tree.map(
+                lambda p, m: jnp.where(m, heal(p), p), params, sx.get_masks(opt_state)
+            )
             opt_state = opt_state._replace(inner_state=heal(opt_state.inner_state))
             return (params, opt_state), (ok, moved)
 

@@ -52,7 +52,7 @@ TOPOLOGIES = {
 @pytest.mark.parametrize("mode", MODES, ids=["auto", "explicit"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_training_on_a_mesh_equals_one_device(mode, topology):
-    """Same masks, same explored set; the state keeps its shardings; one compilation."""
+    """Same bytes of all weights; the state keeps its shardings; one compilation."""
     tx = make_tx(topology=TOPOLOGIES[topology])
 
     def train(params, opt_state, step):
@@ -83,14 +83,13 @@ def test_training_on_a_mesh_equals_one_device(mode, topology):
     jax.tree.map(
         lambda a, s: a.sharding == s or pytest.fail(str((a.sharding, s))), opt_state, shardings
     )
-    jax.tree.map(np.testing.assert_array_equal, sx.get_masks(opt_state), sx.get_masks(state))
-    jax.tree.map(np.testing.assert_array_equal, opt_state.explored, state.explored)
+    jax.tree.map(np.testing.assert_array_equal, opt_state.activity, state.activity)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["auto", "explicit"])
 def test_what_is_kept_per_weight_is_sharded_as_its_weight(mode):
-    """Adam with accumulation inside MultiSteps; masks, moments, sums, fan-in, explored set."""
+    """Adam with accumulation inside MultiSteps; bytes, moments, sums, fan-in."""
     inner = make_tx(optax.adam(0.1), TOPOLOGIES["rigl"])
     tx = optax.MultiSteps(inner, 2)
     params, _ = on_mesh(make_params(), mode)
@@ -106,17 +105,16 @@ def test_what_is_kept_per_weight_is_sharded_as_its_weight(mode):
 
     sparse = shardings.inner_opt_state
     for tree in (
-        sparse.masks,
+        sparse.activity,
         sparse.accumulator,
         sparse.inner_state[0].mu,
         sparse.inner_state[0].nu,
         shardings.acc_grads,
     ):
         assert specs(tree) == full
-    # Fan-in has a size of 1 on the incoming axis; 8 columns packed to a byte do not divide by 2.
+    # Fan-in has a size of 1 on the incoming axis.
     assert specs(sparse.fan_in) == {"wide": (None, "fsdp"), "tall": (None, "fsdp")}
-    assert specs(sparse.explored) == {"wide": ("data", None), "tall": (None, None)}
-    for scalar in (sparse.step, sparse.key, shardings.mini_step):
+    for scalar in (sparse.step, sparse.key, sparse.changed_at, shardings.mini_step):
         assert scalar.is_fully_replicated
 
 
@@ -145,7 +143,7 @@ def test_lookahead_keeps_two_copies_sharded():
     tx = make_tx(optax.lookahead(optax.sgd(0.1, 0.9), 5, 0.5))
     both = optax.LookaheadParams.init_synced(params)
     shardings = sx.state_shardings(tx, both)
-    assert shardings.masks["wide"].spec == PartitionSpec("data", "fsdp")
+    assert shardings.activity["wide"].spec == PartitionSpec("data", "fsdp")
     trace = shardings.inner_state.fast_state[0].trace
     assert trace["wide"].spec == PartitionSpec("data", "fsdp")
 

@@ -140,9 +140,9 @@ def test_set_by_sign_with_one_sign_only():
 
 
 def test_ties_between_gradients_are_broken_uniformly():
-    """floor(0.5 * 5) = 2 are dropped (3 and 4); no gradient: any two of the seven not kept."""
+    """floor(0.5 * 5) = 2 are dropped (3 and 4); equal gradients: any two of the seven not kept."""
     mask, w = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0, 0, 0, 0, 0]
-    masks = many(RIGL, mask, w, [0] * 10)
+    masks = many(RIGL, mask, w, [1] * 10)
     assert masks[:, :3].all()
     statistic, freedom = subset_chi_square(masks[:, 3:], 7, 2)
     assert statistic < chi_square_bound(freedom)

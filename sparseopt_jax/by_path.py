@@ -1,0 +1,51 @@
+"""Settings that differ from layer to layer: mappings from glob patterns over paths to values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, TypeVar
+
+Value = TypeVar("Value")
+ByPath: TypeAlias = Value | Mapping[str, Value]
+
+
+def grouped(
+    name: str, values: ByPath[Value], paths: Sequence[str]
+) -> list[tuple[Value, tuple[int, ...]]]:
+    """Each value with the numbers of the paths that it is for.
+
+    Args:
+      name: the setting's, for errors.
+      values: one for all paths, or a mapping; the first pattern that matches counts.
+      paths: the paths of all leaves that it could be for.
+
+    Raises:
+      ValueError: a pattern matches none of the paths.
+    """
+    if not isinstance(values, Mapping):
+        return [(values, tuple(range(len(paths))))]
+    taken: set[int] = set()
+    groups = []
+    for pattern, value in values.items():
+        matching = [i for i, path in enumerate(paths) if fnmatchcase(path, pattern)]
+        if not matching:
+            raise ValueError(
+                f"{name} pattern {pattern!r} matches none of the layers: {', '.join(paths)}"
+            )
+        groups.append((value, tuple(i for i in matching if i not in taken)))
+        taken.update(matching)
+    return groups
+
+
+def layer_counts(
+    distribution: ByPath[Any], layers: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Number of weights that each layer keeps; layers that no pattern matches stay dense."""
+    counts = {path: math.prod(shape) for path, shape in layers.items()}
+    names = list(layers)
+    for one, numbers in grouped("distribution", distribution, names):
+        if numbers:
+            counts |= one.layer_counts({names[i]: layers[names[i]] for i in numbers})
+    return counts

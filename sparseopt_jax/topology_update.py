@@ -1,0 +1,150 @@
+"""One topology's update of the layers that it is for, inside the state of ``sparse_training``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from sparseopt_jax import activity as bits
+from sparseopt_jax.axes import AxesByPath
+from sparseopt_jax.explicit import varying_as
+from sparseopt_jax.masks import named_leaves
+from sparseopt_jax.preconditioner import scale_by_fan_in
+from sparseopt_jax.state import SparseTrainingState, at_leaf, maskable, recount
+from sparseopt_jax.topology import Topology
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+
+class Regime(NamedTuple):
+    """A topology and the leaves that it is for.
+
+    Attributes:
+      topology: when and how the masks of these leaves change.
+      leaves: their numbers among the maskable leaves.
+      out_axes: as in ``sparse_training``.
+      batch_axes: likewise.
+    """
+
+    topology: Topology
+    leaves: tuple[int, ...]
+    out_axes: AxesByPath
+    batch_axes: AxesByPath
+
+    @property
+    def accumulates(self) -> bool:
+        return self.topology.accumulate_steps > 1
+
+
+def accumulated(
+    regime: Regime, state: SparseTrainingState, grads: PyTree, is_update: Any
+) -> tuple[PyTree, SparseTrainingState]:
+    """What to rank growth by, with the gradient of this step, and the state that has it summed."""
+    topology, step = regime.topology, state.step
+    counted = topology.in_accumulation_window(step)
+    gradients = jax.tree.leaves(maskable(state.activity, grads))
+    # The sums are of all leaves that some regime accumulates.
+    sums, structure = jax.tree.flatten(state.accumulator)
+    paths = list(named_leaves(state.activity))
+    scores: list[Any] = list(gradients)
+    for place, path in enumerate(named_leaves(state.accumulator)):
+        i = paths.index(path)
+        if i in regime.leaves:
+            scores[i] = sums[place] + jnp.where(counted, gradients[i].astype(jnp.float32), 0.0)
+            sums[place] = jnp.where(is_update, 0.0, scores[i])
+    kept = state._replace(accumulator=jax.tree.unflatten(structure, sums))
+    return jax.tree.unflatten(jax.tree.structure(state.fan_in), scores), kept
+
+
+def update_if_due(
+    regime: Regime,
+    is_update: Any,
+    key: Callable[[], Array],
+    state: SparseTrainingState,
+    params: PyTree,
+    scores: PyTree,
+) -> SparseTrainingState:
+    """``state`` after an update of the regime's leaves at ``state.step``, where ``is_update``.
+
+    ``key`` makes the update's key, where it is used: the body of a loop may not consume a key from
+    outside of it.
+    """
+    topology, leaves = regime.topology, regime.leaves
+    old_bytes, structure = jax.tree.flatten(state.activity)
+    old_counts, counts_structure = jax.tree.flatten(state.fan_in)
+    weights, ranked = (jax.tree.leaves(maskable(state.activity, t)) for t in (params, scores))
+    again = state.changed_at == state.step
+
+    def tree(own: Sequence[Any]) -> PyTree:
+        """A tree of these leaves alone."""
+        every: list[Any] = [optax.MaskedNode()] * len(old_bytes)
+        for i, leaf in zip(leaves, own, strict=True):
+            every[i] = leaf
+        return jax.tree.unflatten(counts_structure, every)
+
+    def change(activity: list[Array], fan_in: list[Array]) -> tuple[list[Array], list[Array]]:
+        own_scores = tree([ranked[i] for i in leaves])
+        if topology.grow_by == "corrected_gradient":
+            own_scores = scale_by_fan_in(
+                own_scores, tree(fan_in), None, regime.out_axes, regime.batch_axes
+            )
+        masks = topology.update(
+            key(),
+            state.step,
+            tree([bits.is_active(a) for a in activity]),
+            tree([weights[i] for i in leaves]),
+            own_scores,
+            batch_axes=regime.batch_axes,
+        )
+        # Behind the barrier layers of one shape are alike, and the compiler makes their bytes and
+        # counts with one kernel; without it each is fused with its part of a stack.
+        new = lax.optimization_barrier(jax.tree.leaves(masks))  # type: ignore[no-untyped-call]
+        return (
+            [
+                bits.changed(a, m, at_leaf(again, i, a))
+                for i, a, m in zip(leaves, activity, new, strict=True)
+            ],
+            [recount(c, m) for c, m in zip(fan_in, new, strict=True)],
+        )
+
+    own = [old_bytes[i] for i in leaves], [old_counts[i] for i in leaves]
+    reads = [weights[i] for i in leaves], [ranked[i] for i in leaves], state.key, state.step
+    for new, old in zip(
+        _in_place_if(is_update, change, own, reads), (old_bytes, old_counts), strict=True
+    ):
+        for i, leaf in zip(leaves, new, strict=True):
+            old[i] = leaf
+    of_regime = np.isin(np.arange(len(old_bytes)), leaves)
+    return state._replace(
+        activity=jax.tree.unflatten(structure, old_bytes),
+        fan_in=jax.tree.unflatten(counts_structure, old_counts),
+        changed_at=jnp.where(of_regime & is_update, state.step, state.changed_at),
+    )
+
+
+def _in_place_if(
+    condition: Any, change: Callable[..., Any], values: tuple[Any, ...], reads: Any
+) -> Any:
+    """``change(*values)`` where ``condition``, else ``values``, which are not copied then.
+
+    That is ``lax.cond``, written as a loop of one pass or none: XLA gives the values of a loop one
+    buffer from start to end, where each branch of a conditional, also the one that does nothing,
+    would copy what it returns. A condition whose value is known, outside of ``jax.jit``, needs no
+    loop, which would be compiled again on each call. ``reads`` is what ``change`` closes over.
+    """
+    if not isinstance(condition, jax.core.Tracer):
+        return change(*values) if condition else values
+
+    def once(carry: Any) -> Any:
+        is_due, values = carry
+        return jnp.zeros_like(is_due), change(*values)
+
+    start = condition, varying_as(values, values, reads)
+    return lax.while_loop(lambda carry: carry[0], once, start)[1]
