@@ -246,24 +246,16 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_MOVED = _names(
-    """reshape transpose broadcast_in_dim squeeze expand_dims rev slice dynamic_slice gather split
-    convert_element_type reduce_precision copy copy_p stop_gradient optimization_barrier device_put
-    sharding_constraint reshard name"""
-)
+_MOVED = _names("""reshape transpose broadcast_in_dim squeeze expand_dims rev slice dynamic_slice
+    gather split unstack tile convert_element_type reduce_precision copy copy_p stop_gradient name
+    optimization_barrier device_put sharding_constraint reshard layout_constraint""")
 _KEEPS_ZEROS = _MOVED | _names("neg abs sign tanh square")
-_FREE = _MOVED | _names(
-    """concatenate pad select_n dynamic_update_slice scatter iota bitcast_convert_type real imag
-    complex sort top_k approx_top_k rng_uniform empty empty2"""
-)
-_CALLS = _names(
-    """jit pjit closed_call core_call call remat remat2 checkpoint custom_jvp_call custom_vjp_call
-    custom_vjp_call_jaxpr custom_vmap_call composite"""
-)
-_WITHOUT_COUNT = _names(
-    """fft cholesky eig eigh lu qr svd schur hessenberg householder_product tridiagonal
-    tridiagonal_solve triangular_solve ragged_dot_general scaled_dot ffi_call"""
-)
+_FREE = _MOVED | _names("""concatenate stack pad select_n dynamic_update_slice scatter iota
+    bitcast_convert_type real imag complex sort top_k approx_top_k rng_uniform empty empty2""")
+_CALLS = _names("""jit pjit closed_call core_call call remat remat2 checkpoint custom_jvp_call
+    custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call custom_partitioning composite""")
+_WITHOUT_COUNT = _names("""fft cholesky eig eigh lu qr svd schur hessenberg householder_product
+    tridiagonal tridiagonal_solve triangular_solve ragged_dot_general scaled_dot ffi_call""")
 
 
 class _Counter:
@@ -298,7 +290,7 @@ class _Counter:
             self.read |= {path for kernel, _ in kernels for path, _ in kernel.parts}
             return [_DATA if _DATA in values else _CONSTANT]
         if name == "scan":
-            return self.scan(options, values, times)
+            return self.scan(equation, values, times)
         if name == "while":
             return self.while_loop(options, values)
         if name == "cond":
@@ -311,12 +303,15 @@ class _Counter:
         self.counts[_OTHER] += times * _elementwise(equation)
         return _followed(equation, values)
 
-    def scan(self, options: Mapping[str, Any], values: list[_Value], times: int) -> list[_Value]:
-        first, last = options["num_consts"], options["num_consts"] + options["num_carry"]
+    def scan(self, equation: _Equation, values: list[_Value], times: int) -> list[_Value]:
+        body = equation.params["jaxpr"]
+        # Constants and the carry enter the body as they are, slices with one dimension less; the
+        # carry comes first among the results. How many there are stands under names that change.
+        last = _unsliced(equation.invars, body.in_avals)
+        first = last - _unsliced(equation.outvars, body.out_avals)
         consts, slices = values[:first], values[last:]
-        carry = self.settled(options["jaxpr"], consts, values[first:last], slices)
-        times *= options["length"]
-        found = self.walk(options["jaxpr"], [*consts, *carry, *slices], times)
+        carry = self.settled(body, consts, values[first:last], slices)
+        found = self.walk(body, [*consts, *carry, *slices], times * equation.params["length"])
         return [*carry, *found[len(carry) :]]
 
     def while_loop(self, options: Mapping[str, Any], values: list[_Value]) -> list[_Value]:
@@ -350,6 +345,12 @@ class _Counter:
         self.counts.update(max(branches, key=lambda branch: branch.counts.total()).counts)
         self.read = self.read.union(*(branch.read for branch in branches))
         return [_join(result) for result in zip(*results, strict=True)]
+
+
+def _unsliced(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
+    """How many of a scan's operands, or results, have the rank that they have in its body."""
+    pairs = zip(atoms, avals, strict=True)
+    return sum(len(atom.aval.shape) == len(aval.shape) for atom, aval in pairs)
 
 
 def _needed(jaxpr: Any) -> list[_Equation]:
@@ -392,7 +393,7 @@ def _followed(equation: _Equation, values: list[_Value]) -> list[_Value]:
     kernels = _kernels(equation, values)
     if name == "mul" and kernels:
         return [_sparsest(kernels)]
-    if name == "concatenate" and len(kernels) == len(values):
+    if name in ("concatenate", "stack") and len(kernels) == len(values):
         shares: dict[str, Fraction] = {}
         for kernel, size in kernels:
             for path, share in kernel.parts:
@@ -442,4 +443,6 @@ def _elementwise(equation: _Equation) -> int:
         return equation.invars[0].aval.size
     if name.startswith("scatter"):
         return equation.invars[2].aval.size
+    if name == "polynomial":  # By Horner's rule, from a value and its coefficients.
+        return 2 * (len(equation.invars) - 2) * results[0].size
     return sum(a.size for a in results)
