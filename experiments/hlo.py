@@ -41,7 +41,7 @@ _CONSTANT = re.compile(r" constant\((\d+)\)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 # Operations that name memory, or a part of it, and those that wait for one that was counted.
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_NO_TRAFFIC |= {"copy-done", "slice-done", "async-done", "while", "conditional"}
+_NO_TRAFFIC |= {"copy-done", "slice-done", "async-done", "while", "conditional", "call"}
 _SPACE = re.compile(r"S\(\d+\)")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -172,7 +172,9 @@ def bytes_moved(text: str) -> dict[str, int]:
 
     That is one training step between two topology updates: a topology update is a loop of one pass
     or none. Of each operation of the entry computation the operands and the results count, whole,
-    as in `cost_analysis`; what a TPU keeps in its vector memory (`S(1)`) does not.
+    as in `cost_analysis`; what a TPU keeps in its vector memory (`S(1)`) does not. A call counts as
+    what it calls: a CPU's compiler puts a loop into a computation that holds nothing else, and the
+    call hands it its buffers without a copy.
 
     Args:
       text: as for `collectives`.
@@ -185,7 +187,7 @@ def bytes_moved(text: str) -> dict[str, int]:
     """
     moved: Counter[str] = Counter()
     types: dict[str, str] = {}
-    for name, result, opcode, rest in _entry(text):
+    for name, result, opcode, rest in _operations(text):
         types[name] = result
         if opcode in _NO_TRAFFIC:
             continue
@@ -202,15 +204,27 @@ def bytes_moved(text: str) -> dict[str, int]:
     return {opcode: count for opcode, count in moved.items() if count}
 
 
-def _entry(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, opcode and what follows of each operation of the entry computation."""
+def _operations(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, opcode and what follows of each operation of the entry and of what it calls."""
     lines = text.splitlines()
-    starts = [number for number, line in enumerate(lines) if line.startswith("ENTRY ")]
-    _one_entry(starts)
-    for line in itertools.takewhile(lambda line: not line.startswith("}"), lines[starts[0] + 1 :]):
-        if operation := _OPERATION.match(line):
-            name = line.split(" = ", 1)[0].split()[-1].lstrip("%")
-            yield name, operation[1], operation[2], line[operation.end() :]
+    headers = {n: found for n, line in enumerate(lines) if (found := _COMPUTATION.match(line))}
+    starts = {header[2]: number for number, header in headers.items()}
+    entries = [header[2] for header in headers.values() if header[1]]
+    _one_entry(entries)
+
+    def of(computation: str) -> Iterator[tuple[str, str, str, str]]:
+        body = lines[starts[computation] + 1 :]
+        for line in itertools.takewhile(lambda line: not line.startswith("}"), body):
+            if operation := _OPERATION.match(line):
+                name = line.split(" = ", 1)[0].split()[-1].lstrip("%")
+                result, opcode = operation.groups()
+                attributes = line[operation.end() :]
+                yield name, result, opcode, attributes
+                if opcode == "call":
+                    for called in _called(attributes, opcode, {}):
+                        yield from of(called)
+
+    return of(entries[0])
 
 
 def _arrays(result: str) -> list[str]:

@@ -9,12 +9,20 @@ from experiments.benchmarks import measuring, update_bytes
 from experiments.hlo import bytes_moved
 
 # As a TPU's: an array fetched into vector memory (S(1)), two slices of another one, a loop that
-# does not run, a fusion that reads both and the loop's result, a copy, and the way back.
+# does not run, a fusion that reads both and the loop's result, a copy, and the way back. As a
+# CPU's: a call of a loop, here with a sum beside it.
 TEXT = """
 HloModule jit_step, is_scheduled=true
 
 %body (t: (f32[8], pred[])) -> (f32[8], pred[]) {
   %inside = f32[8]{0} copy(%x)
+}
+
+%called (u: (f32[8], pred[])) -> (f32[8], pred[]) {
+  %u = (f32[8]{0}, pred[]) parameter(0)
+  %e = f32[8]{0} get-tuple-element(%u), index=0
+  %doubled = f32[8]{0} add(%e, %e)
+  ROOT %again = (f32[8]{0}, pred[]) while(%u), condition=%cond, body=%body
 }
 
 ENTRY %main (a: f32[8,4], b: f32[6,2], m: pred[32]) -> (f32[8,4], f32[8]) {
@@ -28,6 +36,7 @@ ENTRY %main (a: f32[8,4], b: f32[6,2], m: pred[32]) -> (f32[8,4], f32[8]) {
   %low.1 = f32[3,2]{1,0:S(1)} slice-done(%low)
   %t = (f32[8]{0}, pred[]) tuple(%c, %p)
   %loop = (f32[8]{0}, pred[]) while(%t), condition=%cond, body=%body
+  %call = (f32[8]{0}, pred[]) call(%loop), to_apply=%called, frontend_attributes={small="true"}
   %r = f32[8]{0} get-tuple-element(%loop), index=0
   %sum = f32[8,4]{1,0:S(1)} fusion(%fetched, %m, %r), kind=kLoop, calls=%fused
   %back = (f32[8,4]{1,0}, f32[8,4]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%sum)
@@ -44,6 +53,7 @@ def test_bytes_by_hand():
         "slice-start": 2 * 24,
         "fusion": 32 + 32,  # m, and the loop's result; the rest is in vector memory
         "copy": 32 + 32,
+        "add": 3 * 32,
     }
 
 
