@@ -90,6 +90,11 @@ GO_ON_WITHOUT_A_RATE = {
     "optax.contrib.schedule_free_sgd",
 }
 
+# A rule that computes each weight anew, from its initial value, and moves it there by the
+# difference. Where that sum is rounded, the step after takes the last bit: on jax 0.12 one weight
+# of 272 does, in the dense control.
+ROUNDS_ONCE_MORE = {"optax.contrib.cocob"}
+
 
 @every_optimizer
 def test_counts_zeros_slots_and_schedules(name, row):
@@ -107,9 +112,10 @@ def test_counts_zeros_slots_and_schedules(name, row):
     for path, count in counters(dense_state).items():
         assert (counters(state)[f".inner_state.inner{path}"] == count).all()
     if row.takes_schedule and name not in GO_ON_WITHOUT_A_RATE:
-        assert last_move(dense_moved) == RATE_ENDS_AT - 1
+        last = {RATE_ENDS_AT - 1} | ({RATE_ENDS_AT} if name in ROUNDS_ONCE_MORE else set())
+        assert last_move(dense_moved) in last
         for moved in np.asarray(record.moved).reshape(-1, STEPS):
-            assert last_move(moved) == RATE_ENDS_AT - 1
+            assert last_move(moved) in last
 
 
 # Optimizers that fail by themselves on bfloat16 parameters: one pulls back a cotangent of another
