@@ -45,8 +45,8 @@ def textured_image(seed: int) -> np.ndarray:
 
     rng = np.random.default_rng(seed)
     image = np.full((HEIGHT, WIDTH, 3), 120, np.float32)
-    for octave, amplitude in zip(2 ** np.arange(2, 9), (60, 50, 40, 30, 22, 16, 12), strict=True):
-        shape = HEIGHT * octave // 512 + 2, WIDTH * octave // 512 + 2, 3
+    for power, amplitude in enumerate((60, 50, 40, 30, 22, 16, 12), 2):
+        shape = HEIGHT * 2**power // 512 + 2, WIDTH * 2**power // 512 + 2, 3
         noise = rng.standard_normal(shape).astype(np.float32)
         image += amplitude * cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     image += 8 * rng.standard_normal((HEIGHT, WIDTH, 1)).astype(np.float32)

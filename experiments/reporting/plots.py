@@ -140,7 +140,7 @@ def curves(
                 axes.vlines(x, low, high, color=colour, alpha=0.5)
             # Accuracy climbs from chance in the first third; its axis shows what comes after.
             late = x >= x[-1] / 3 if top is not None else x <= x[-1]
-            limits.append((low[late].min(), high[late].max(), mean.min(), mean.max()))
+            limits.append((low[late].min(), high[late].max(), np.min(mean), np.max(mean)))
         if log:
             axes.set_yscale("log")
             _plain_log(axes)
