@@ -1,25 +1,44 @@
 # Two commands: `make demo` runs the main job, `make test` checks everything. Both set up .venv
-# with what they need on first use, and again only when pyproject.toml has changed.
+# with what they need on first use, and again only when pyproject.toml has changed. Another Python
+# goes into a folder of its own: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(VENV)/.installed-experiments
+LEAN   := $(VENV)/.installed-library
 CHECK  := $(VENV)/.installed-test
 # The TPU compiler that this jax asks for, as its extra `tpu` has it, e.g. libtpu==0.0.42.*
 LIBTPU := $(BIN)/python -c 'import importlib.metadata as m; \
   print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])'
 # Test workers; more than the cores there are only makes compilation slower.
 JOBS   ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
+# What tests the library alone, by what it imports: see tests/conftest.py.
+OF_LIBRARY := --library tests sparseopt_jax
+NEWEST  = $(shell $(PYTHON) .ci/newest_python.py)
 # What `make bench` appends its results to.
 BENCH  ?= bench.jsonl
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test test-library test-fast test-newest lint bench format clean
 
 demo: $(RUN)
 	$(BIN)/python -m experiments.train --config=experiments/configs/digits.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
+	$(PYTEST)
+
+test-library: $(LEAN)
+	$(PYTEST) $(OF_LIBRARY)
+
+# For the loop of a contributor: without the matrices of all of optax's optimizers, and the wheel.
+test-fast: $(LEAN)
+	$(PYTEST) $(OF_LIBRARY) --ignore-glob='*/test_optimizer*.py' --ignore=tests/test_wheel.py
+
+# On the newest Python of this machine, where that is newer than the one of the other targets.
+test-newest:
+	@newest='$(NEWEST)'; if [ -n "$$newest" ]; then \
+	  $(MAKE) test-library PYTHON="$$newest" VENV=.venv-newest; \
+	else echo "test-newest: skipped, no Python here is newer than $$($(PYTHON) -V 2>&1)"; fi
 
 lint: $(CHECK)
 	$(BIN)/ruff check .
@@ -50,13 +69,18 @@ $(RUN): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	@touch $@
 
+# flax, and what the tests compare with: nothing that trains on data.
+$(LEAN): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[models,test]'
+	@touch $@
+
 # TensorFlow is among it: the tests prepare datasets, and the benchmark compares with tf.data. The
 # TPU compiler goes into a folder of its own: where jax finds it, it looks for a TPU at every start.
 $(CHECK): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments,prepare,test]'
 	case "$$(uname -sm)" in "Linux x86_64") $(BIN)/python -m pip install --quiet --no-deps \
 	  --upgrade --target $(VENV)/tpu "$$($(LIBTPU))";; esac
-	@touch $@ $(RUN)
+	@touch $@ $(RUN) $(LEAN)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis

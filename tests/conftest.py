@@ -1,6 +1,7 @@
 """Settings for all tests: eight CPU devices, strict NumPy semantics, repeatable hypothesis."""
 
 import os
+import re
 import tempfile
 
 # Both are read when jax starts its backend, so they are set before anything imports it. The
@@ -36,6 +37,28 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# What of `experiments` the library's own tests may use: it reads programs that were compiled, and
+# needs no more to be installed than they do.
+OF_EXPERIMENTS = re.compile(
+    r"^(?:from|import) experiments(?!\.hlo import|\.benchmarks import measuring, update_bytes$)",
+    re.MULTILINE,
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--library",
+        action="store_true",
+        help="only files that test sparseopt_jax: none that imports experiments",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    if not config.getoption("library") or collection_path.suffix != ".py":
+        return None
+    return True if OF_EXPERIMENTS.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_configure(config):

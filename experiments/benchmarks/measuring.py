@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 import sparseopt_jax as sx
-from experiments import compile_check, metrics
 from experiments import mesh as meshes
+from experiments import metrics
 from experiments.config import ConfigError
 from sparseopt_jax import models
 
@@ -51,6 +51,9 @@ def tpu(made: argparse.ArgumentParser, name: str | None) -> jax.Device | None:
     """The first chip of a topology; None for none. Leaves the program where there is no such."""
     if name is None:
         return None
+    # It brings in what reads images, which nothing else here needs.
+    from experiments import compile_check
+
     try:
         return compile_check.topology_devices(name)[0]
     except ConfigError as error:
