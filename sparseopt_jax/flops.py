@@ -123,7 +123,8 @@ def flops(
     - Any other operation on floating point numbers is one FLOP an element: of its result, of its
       input where it reduces or accumulates, of the window for each result of a pooling. Moving,
       casting, comparing, selecting, sorting, random bits and operations on integers are free.
-      Normalisation is what its operations are; all of these are dense whatever the masks.
+      Normalisation is what its operations are, a derivative or special function what this version
+      of jax makes of it; all of these are dense whatever the masks.
     - A kernel costs its density wherever a product or convolution reads it: after casts, reshapes,
       transposes, slices, joins with other kernels, masking, and multiplication by what does not
       depend on ``args``. A part of one, such as a layer of a scanned stack, counts with the density
