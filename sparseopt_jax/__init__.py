@@ -22,7 +22,6 @@ from sparseopt_jax.ham import ham as ham
 from sparseopt_jax.masks import Distribution as Distribution
 from sparseopt_jax.masks import apply_masks as apply_masks
 from sparseopt_jax.masks import check_masks as check_masks
-from sparseopt_jax.masks import default_prunable as default_prunable
 from sparseopt_jax.masks import density as density
 from sparseopt_jax.masks import fan_in as fan_in
 from sparseopt_jax.masks import init_masks as init_masks
@@ -30,6 +29,7 @@ from sparseopt_jax.masks import scale_to_fan_in as scale_to_fan_in
 from sparseopt_jax.preconditioner import MissingMasksError as MissingMasksError
 from sparseopt_jax.preconditioner import scale_by_sparseopt as scale_by_sparseopt
 from sparseopt_jax.preconditioner import sparseopt as sparseopt
+from sparseopt_jax.prunable import default_prunable as default_prunable
 from sparseopt_jax.recipes import sparseopt_adamw as sparseopt_adamw
 from sparseopt_jax.recipes import sparseopt_ham as sparseopt_ham
 from sparseopt_jax.recipes import sparseopt_lion as sparseopt_lion

@@ -10,11 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparseopt_jax.settings import as_bool, check_function
+
 Array: TypeAlias = jax.Array
 
 
 def check_arguments(
-    inner: Any, distribution: Any, masks: Any, topology: Any, seed: Any, automatic: Any
+    inner: Any,
+    distribution: Any,
+    masks: Any,
+    topology: Any,
+    seed: Any,
+    prunable: Any,
+    automatic: Any,
 ) -> None:
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
@@ -29,8 +37,8 @@ def check_arguments(
     if distribution is not None:
         _check_values("distribution", distribution, "layer_counts", "ERK(0.9)")
     _check_values("topology", topology, "is_update_step", "Static()")
-    if not isinstance(automatic, bool):
-        raise TypeError(f"automatic must be True or False, got {automatic!r}")
+    check_function("prunable", prunable, "path", "leaf")
+    automatic = as_bool("automatic", automatic)
     for one in topology.values() if isinstance(topology, Mapping) else (topology,):
         if not automatic and one.accumulate_steps > 1:
             raise ValueError(

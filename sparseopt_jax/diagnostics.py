@@ -16,15 +16,10 @@ import numpy as np
 
 from sparseopt_jax.axes import AxesByPath, kernel_axes
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.masks import (
-    Prunable,
-    check_masks,
-    default_prunable,
-    is_hidden,
-    named_leaves,
-    path_str,
-)
+from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
 from sparseopt_jax.preconditioner import neuron_fan_in, scale_by_sparseopt
+from sparseopt_jax.prunable import Prunable, default_prunable
+from sparseopt_jax.settings import as_int, check_function
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -185,8 +180,7 @@ def mask_churn(
       >>> float(sx.mask_churn(masks, earlier).total)
       0.5
     """
-    if not callable(prunable):
-        raise TypeError(f"prunable must be a function of (path, leaf), got {prunable!r}")
+    check_function("prunable", prunable, "path", "leaf")
     now, then = _bool_leaves(masks, "masks"), _bool_leaves(earlier, "earlier")
     if now.keys() != then.keys():
         only = sorted(now.keys() ^ then.keys())
@@ -294,10 +288,7 @@ def hessian_top_eigenvalue(
       >>> print(f"{top.eigenvalue:.4f}")
       1.0000
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations must be an int, got {iterations!r}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    iterations = as_int("iterations", iterations, at_least=1)
     dtype = _checked_dtype(params)
     if masks is None:
         masks = jax.tree.map(lambda p: jnp.ones_like(p, jnp.bool_), params)

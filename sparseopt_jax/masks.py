@@ -7,8 +7,7 @@ shape. Leaves that are never sparse (biases, norm scales, embeddings) are True e
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -27,11 +26,12 @@ from sparseopt_jax.axes import (
 )
 from sparseopt_jax.by_path import ByPath, layer_counts
 from sparseopt_jax.explicit import in_auto_mode
+from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import checked_size, is_selectable, random_masks
+from sparseopt_jax.settings import check_function
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
-Prunable: TypeAlias = Callable[[str, Any], bool]
 
 
 class Distribution(Protocol):
@@ -40,31 +40,6 @@ class Distribution(Protocol):
     def layer_counts(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
         ...
-
-
-_NOT_KERNELS = re.compile(r"embed|norm|bias|scale", re.IGNORECASE)
-
-
-def default_prunable(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a kernel, going by its rank and its path.
-
-    Args:
-      path: the leaf's path, parts joined by ``/``, for example ``"Dense_0/kernel"``.
-      leaf: anything with ``ndim``.
-
-    Returns:
-      True for leaves of two and more dimensions unless a part of the path contains ``embed``,
-      ``norm``, ``bias`` or ``scale`` in any case (embedding tables, stacked norms and biases).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import sparseopt_jax as sx
-      >>> sx.default_prunable("Dense_0/kernel", jnp.ones((3, 4)))
-      True
-      >>> sx.default_prunable("token_embed/embedding", jnp.ones((3, 4)))
-      False
-    """
-    return leaf.ndim >= 2 and not _NOT_KERNELS.search(path)
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -101,15 +76,15 @@ def maskable_layers(
 ) -> dict[str, Layers]:
     """The leaves, by path, that ``prunable`` chooses, unless they stack something smaller.
 
-    A leaf whose layers have fewer than two dimensions stacks biases or scales, no kernels.
+    A leaf whose layers have fewer than two dimensions stacks biases or scales, no kernels. A leaf
+    without elements has no weights to choose from.
 
     Raises:
-      TypeError: ``prunable`` is not callable, or chooses a leaf that is not floating; or a leaf is
-        neither an array nor a number.
+      TypeError: ``prunable`` is no function of path and leaf, or chooses a leaf that is not
+        floating; or a leaf is neither an array nor a number.
       ValueError: it chooses none, or a leaf too large to count in int32.
     """
-    if not callable(prunable):
-        raise TypeError(f"prunable must be a function of (path, leaf), got {prunable!r}")
+    check_function("prunable", prunable, "path", "leaf")
     leaves = named_leaves(params)
     layers = {}
     for path, leaf in leaves.items():
@@ -123,7 +98,7 @@ def maskable_layers(
         if not prunable(path, leaf):
             continue
         batch = axes_of_stack(path, leaf.ndim, batch_axes)
-        if batch and leaf.ndim - len(batch) < 2:
+        if leaf.size == 0 or (batch and leaf.ndim - len(batch) < 2):
             continue
         if not is_selectable(leaf.dtype):
             raise TypeError(

@@ -25,6 +25,7 @@ from sparseopt_jax.axes import (
     kernel_axes,
 )
 from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
+from sparseopt_jax.settings import check_function
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -93,11 +94,7 @@ def scale_by_sparseopt(
     """
     if average_over not in _AVERAGES:
         raise ValueError(f"average_over must be 'layer', 'network' or None, got {average_over!r}")
-    if layers is not None and not callable(layers):
-        raise TypeError(
-            f"layers must be a function of a leaf's path, or None, got {layers!r}. In "
-            "optax.inject_hyperparams name it in static_args=('layers',)"
-        )
+    check_function("layers", layers, "path", or_none=True)
     check_axes("out_axes", out_axes)
     check_axes("batch_axes", batch_axes)
 

@@ -34,16 +34,15 @@ from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scal
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
 from sparseopt_jax.masks import (
     Distribution,
-    Prunable,
     apply_masks,
     check_masks,
-    default_prunable,
     init_masks,
     is_hidden,
     maskable_layers,
     named_leaves,
     path_str,
 )
+from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     NeverSparse,
@@ -147,7 +146,7 @@ def sparse_training(
       >>> int(jnp.count_nonzero(params["kernel"]))
       16
     """
-    check_arguments(inner, distribution, masks, topology, seed, automatic)
+    check_arguments(inner, distribution, masks, topology, seed, prunable, automatic)
     check_axes("out_axes", out_axes)
     check_axes("batch_axes", batch_axes)
     warmup = as_warmup(grown_warmup, topology)

@@ -10,7 +10,7 @@ import pytest
 
 import sparseopt_jax as sx
 from tests import oracles
-from tests.helpers import KERNELS, flat, make_params, random_masks
+from tests.helpers import KERNELS, flat, jit_once, make_params, random_masks
 
 # --- init ------------------------------------------------------------------------------------
 
@@ -100,11 +100,27 @@ def test_prunable_chooses_the_layers():
 def test_default_prunable():
     answers = {path: sx.default_prunable(path, leaf) for path, leaf in flat(make_params()).items()}
     assert {path for path, answer in answers.items() if answer} == set(KERNELS)
-    # Stacked norms of a scanned block are two-dimensional and still no kernel.
-    stacked = np.zeros((4, 8), np.float32)
-    assert not sx.default_prunable("blocks/LayerNorm_0/scale", stacked)
-    assert not sx.default_prunable("blocks/LayerNorm_0/bias", stacked)
-    assert sx.default_prunable("kernel", stacked)
+
+
+def test_leaves_without_elements_are_no_layers():
+    """They stay as they are; so does a stack of no layers."""
+    empty = {"in": jnp.ones((0, 4)), "out": jnp.ones((4, 0)), "stack": jnp.ones((0, 3, 3))}
+    params = {"a": jnp.ones((4, 6)), **empty}
+    tx = sx.sparse_training(
+        sx.sparseopt(0.1),
+        distribution=sx.ERK(0.5),
+        topology=sx.RigL(1, 0.5, 10, begin_step=0),
+        batch_axes={"stack": 0},
+    )
+    opt_state = jit_once(tx.init)(params)
+    assert list(flat(opt_state.fan_in)) == ["a"]
+    updates, opt_state = jit_once(tx.update)(params, opt_state, params)
+    masks = sx.get_masks(opt_state)
+    assert [mask.shape for mask in masks.values()] == [p.shape for p in params.values()]
+    assert int(masks["a"].sum()) == 12
+    assert not jnp.where(masks["a"], 0, params["a"] + updates["a"]).any()
+    with pytest.raises(ValueError, match="prunable chooses no leaf"):
+        sx.init_masks(jax.random.key(0), empty, sx.ERK(0.5))
 
 
 class Layer(NamedTuple):
