@@ -53,8 +53,10 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 def make_distribution(config: Config) -> Any:
     """How many weights each layer keeps."""
-    kinds = {"uniform": sx.Uniform, "er": sx.ER, "erk": sx.ERK}
-    return kinds[config.distribution](config.sparsity)
+    if config.distribution == "uniform":
+        first = "dense0" if config.model == "mlp" else "conv_stem"
+        return sx.Uniform(config.sparsity, dense_first=f"{first}/kernel")
+    return {"er": sx.ER, "erk": sx.ERK}[config.distribution](config.sparsity)
 
 
 def make_topology(config: Config, steps_per_epoch: int) -> Any:

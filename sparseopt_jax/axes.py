@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sparseopt_jax.patterns import matches, matching
+from sparseopt_jax.settings import kind_of
 
 Array: TypeAlias = jax.Array
 Axes: TypeAlias = int | Sequence[int]
@@ -89,7 +92,7 @@ def check_patterns(name: str, axes: AxesByPath, paths: Iterable[str]) -> None:
         return
     paths = list(paths)
     for pattern in axes:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        if not matching(paths, pattern):
             raise ValueError(
                 f"{name} pattern {pattern!r} matches none of the leaves: {', '.join(paths)}"
             )
@@ -120,13 +123,16 @@ def from_layers(layers: Array, shape: Sequence[int], batch: Sequence[int]) -> Ar
 def _at(path: str, axes: AxesByPath, default: Axes) -> Axes:
     if not isinstance(axes, Mapping):
         return axes
-    return next((a for pattern, a in axes.items() if fnmatchcase(path, pattern)), default)
+    return next((a for pattern, a in axes.items() if matches(path, pattern)), default)
 
 
 def _positive(name: str, axes: Any, path: str, ndim: int) -> tuple[int, ...]:
-    given = axes if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+    several = isinstance(axes, Sequence) and not isinstance(axes, str)
+    if isinstance(axes, np.ndarray | jax.Array) and not isinstance(axes, jax.core.Tracer):
+        several = axes.ndim == 1
+    given = axes if several else (axes,)
     for axis in given:
-        if isinstance(axis, bool) or not isinstance(axis, int):
+        if kind_of(name, axis) is not int:
             raise TypeError(
                 f"{name} must be an int, a sequence of ints, or a mapping from path patterns to "
                 f"either, got {axes!r}{_of(path)}"
@@ -136,7 +142,7 @@ def _positive(name: str, axes: Any, path: str, ndim: int) -> tuple[int, ...]:
                 f"{name} must lie in [-{ndim}, {ndim}) for an array of {ndim} dimensions, "
                 f"got {axes!r}{_of(path)}"
             )
-    positive = tuple(axis % ndim for axis in given)
+    positive = tuple(int(axis) % ndim for axis in given)
     if len(set(positive)) != len(positive):
         raise ValueError(f"{name} must name different axes, got {axes!r}{_of(path)}")
     return positive

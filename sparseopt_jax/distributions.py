@@ -2,6 +2,7 @@
 
 A distribution is a frozen value. It sees the layers' shapes only and answers with integers, so the
 kept weights hit the target sparsity over the layers in its budget up to half a weight a layer.
+Layers without weights are left out of the answer.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TypeAlias
+
+from sparseopt_jax.patterns import matching
+from sparseopt_jax.settings import as_number, keep, kind_of
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Overrides: TypeAlias = Mapping[str, float]
@@ -26,11 +29,13 @@ class Uniform:
 
     Attributes:
       sparsity: share of weights that a layer gives up, in [0, 1).
-      dense_first: True keeps the first layer dense: the convolution kernel with the fewest input
-        channels (its second to last axis) or, without convolutions, the first path in natural
-        order. False makes it sparse like the others; a path names the layer that stays dense.
+      dense_first: True keeps the first layer dense: the only convolution with the fewest input
+        channels (its second to last axis), or the lowest number where all paths are alike but for
+        numbers (``Dense_0``, ``Dense_1``; ``layers/0``, ``layers/1``). Where neither tells which
+        layer is the first, name it by its path. False makes it sparse like the others.
       overrides: sparsity by glob pattern over the path (``"head/*"``; ``*`` matches ``/`` too),
-        for layers that stand outside the rule; the first pattern that matches counts.
+        for layers that stand outside the rule; the first pattern that matches counts. Brackets
+        match themselves too: ``"h[0]/w"`` is the layer of that name.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -44,6 +49,9 @@ class Uniform:
       >>> layers = {"stem/kernel": (3, 3, 3, 16), "conv/kernel": (3, 3, 16, 16)}
       >>> sx.Uniform(0.9).layer_counts(layers)
       {'stem/kernel': 432, 'conv/kernel': 230}
+      >>> layers = {"encoder/kernel": (20, 10), "decoder/kernel": (10, 20)}
+      >>> sx.Uniform(0.9, dense_first="encoder/kernel").layer_counts(layers)
+      {'encoder/kernel': 200, 'decoder/kernel': 20}
     """
 
     sparsity: float
@@ -51,39 +59,32 @@ class Uniform:
     overrides: Overrides | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_sparsity("sparsity", self.sparsity)
-        _check_overrides(self.overrides)
-        if not isinstance(self.dense_first, bool | str):
-            raise TypeError(
-                f"dense_first must be True, False or a layer's path, got {self.dense_first!r}"
-            )
+        keep(
+            self,
+            sparsity=_as_sparsity("sparsity", self.sparsity),
+            overrides=_as_overrides("overrides", self.overrides),
+        )
+        if not isinstance(self.dense_first, str):
+            if kind_of("dense_first", self.dense_first) is not bool:
+                raise TypeError(
+                    f"dense_first must be True, False or a layer's path, got {self.dense_first!r}"
+                )
+            keep(self, dense_first=bool(self.dense_first))
 
     def layer_counts(self, layers: Shapes) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
+        layers = _not_empty(layers)
         sparsities = dict.fromkeys(layers, self.sparsity)
-        if self.dense_first is not False:
-            sparsities[self._first(layers)] = 0.0
-        sparsities |= _overridden(layers, self.overrides)
-        return _counts(layers, {path: 1.0 - s for path, s in sparsities.items()})
-
-    def _first(self, layers: Shapes) -> str:
         if isinstance(self.dense_first, str):
             if self.dense_first not in layers:
                 raise ValueError(
                     f"dense_first={self.dense_first!r} is none of the layers: {', '.join(layers)}"
                 )
-            return self.dense_first
-        convolutions = {path: shape[-2] for path, shape in layers.items() if len(shape) > 2}
-        if not convolutions:
-            return min(layers, key=_natural_order)
-        fewest = min(convolutions.values())
-        first = [path for path, channels in convolutions.items() if channels == fewest]
-        if len(first) > 1:
-            raise ValueError(
-                f"dense_first=True cannot tell which layer is the first: {', '.join(first)} all "
-                f"have {fewest} input channels. Name it, dense_first={first[0]!r}, or pass False"
-            )
-        return first[0]
+            sparsities[self.dense_first] = 0.0
+        elif self.dense_first and layers:
+            sparsities[_first_layer(layers)] = 0.0
+        sparsities |= _overridden(layers, self.overrides)
+        return _counts(layers, {path: 1.0 - s for path, s in sparsities.items()})
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,16 @@ class ER:
     overrides: Overrides | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_sparsity("sparsity", self.sparsity)
-        _check_overrides(self.overrides)
+        keep(
+            self,
+            sparsity=_as_sparsity("sparsity", self.sparsity),
+            overrides=_as_overrides("overrides", self.overrides),
+        )
 
     def layer_counts(self, layers: Shapes) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
-        raw = {path: sum(shape[-2:]) / math.prod(shape[-2:]) for path, shape in layers.items()}
+        layers = _not_empty(layers)
+        raw = {path: _raw_density(shape[-2:]) for path, shape in layers.items()}
         return _budgeted(layers, raw, self.sparsity, self.overrides)
 
 
@@ -153,12 +158,16 @@ class ERK:
     overrides: Overrides | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_sparsity("sparsity", self.sparsity)
-        _check_overrides(self.overrides)
+        keep(
+            self,
+            sparsity=_as_sparsity("sparsity", self.sparsity),
+            overrides=_as_overrides("overrides", self.overrides),
+        )
 
     def layer_counts(self, layers: Shapes) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
-        raw = {path: sum(shape) / math.prod(shape) for path, shape in layers.items()}
+        layers = _not_empty(layers)
+        raw = {path: _raw_density(shape) for path, shape in layers.items()}
         return _budgeted(layers, raw, self.sparsity, self.overrides)
 
 
@@ -183,14 +192,33 @@ class PerLayer:
     sparsities: Overrides = field(hash=False)
 
     def __post_init__(self) -> None:
-        _check_overrides(self.sparsities, name="sparsities")
+        keep(self, sparsities=_as_overrides("sparsities", self.sparsities))
         if not self.sparsities:
             raise ValueError("sparsities must name at least one layer, got an empty mapping")
 
     def layer_counts(self, layers: Shapes) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
+        layers = _not_empty(layers)
         chosen = _overridden(layers, self.sparsities, name="sparsities")
         return _counts(layers, {path: 1.0 - chosen.get(path, 0.0) for path in layers})
+
+
+def _first_layer(layers: Shapes) -> str:
+    """The layer that channels or numbers tell to be the first; ValueError where nothing does."""
+    kernels = {path: shape for path, shape in layers.items() if len(shape) > 2}
+    channels = {path: shape[-2] for path, shape in kernels.items()}
+    first = [path for path, number in channels.items() if number == min(channels.values())]
+    if len(kernels) > 1 and all(shape[-2] == shape[-1] for shape in kernels.values()):
+        first = list(kernels)  # The last axes are windows then, as in Equinox, and no channels.
+    if len(first) == 1:
+        return first[0]
+    if len({re.sub(r"\d+", "0", path) for path in layers}) == 1:
+        return min(layers, key=_natural_order)
+    unclear = first or list(layers)
+    raise ValueError(
+        f"dense_first=True cannot tell which layer is the first: {', '.join(unclear)}. Name the "
+        f"one that stays dense, for example dense_first={unclear[0]!r}, or pass dense_first=False"
+    )
 
 
 def _budgeted(
@@ -230,33 +258,47 @@ def _overridden(
 ) -> dict[str, float]:
     chosen: dict[str, float] = {}
     for pattern, sparsity in (overrides or {}).items():
-        matching = [path for path in layers if fnmatchcase(path, pattern)]
-        if not matching:
+        meant = matching(layers, pattern)
+        if not meant:
             raise ValueError(
                 f"{name} pattern {pattern!r} matches none of the layers: {', '.join(layers)}"
             )
-        chosen = dict.fromkeys(matching, sparsity) | chosen
+        chosen = dict.fromkeys(meant, sparsity) | chosen
     return chosen
 
 
-def _check_sparsity(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1): the share of weights removed, got {value}")
+def _not_empty(layers: Shapes) -> Shapes:
+    return {path: shape for path, shape in layers.items() if math.prod(shape)}
 
 
-def _check_overrides(overrides: object, name: str = "overrides") -> None:
+def _raw_density(shape: tuple[int, ...]) -> float:
+    """Erdős-Rényi's density up to a factor; that of a vector is 1, and so is a scalar's."""
+    return sum(shape) / math.prod(shape) if shape else 1.0
+
+
+def _as_sparsity(name: str, value: object) -> float:
+    sparsity = as_number(name, value, "a number in [0, 1)")
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1): the share of weights removed, got {sparsity}")
+    return sparsity
+
+
+def _as_overrides(name: str, overrides: object) -> dict[str, float] | None:
     if overrides is None:
-        return
+        return None
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map path patterns to sparsities, got {overrides!r}")
-    for pattern, sparsity in overrides.items():
+    for pattern in overrides:
         if not isinstance(pattern, str):
             raise TypeError(f"{name} patterns must be strings, got {pattern!r}")
-        _check_sparsity(f"{name}[{pattern!r}]", sparsity)
+    return {
+        pattern: _as_sparsity(f"{name}[{pattern!r}]", sparsity)
+        for pattern, sparsity in overrides.items()
+    }
 
 
 def _natural_order(path: str) -> list[tuple[int, str]]:
     """Sort key under which ``Dense_2`` comes before ``Dense_10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)
+    ]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.layerwise import update_layerwise
 from sparseopt_jax.selection import Stacks, counts, drop_and_grow, random_masks, top_k_masks
+from sparseopt_jax.settings import as_bool, as_int, as_number, keep
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -110,17 +111,19 @@ class _Scheduled:
     begin_step: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("interval", self.interval, at_least=1)
-        _check_int("end_step", self.end_step, at_least=0)
-        if isinstance(self.drop_fraction, bool) or not isinstance(self.drop_fraction, int | float):
-            raise TypeError(f"drop_fraction must be a number in (0, 1), got {self.drop_fraction!r}")
+        keep(
+            self,
+            interval=_as_steps("interval", self.interval, at_least=1),
+            drop_fraction=as_number("drop_fraction", self.drop_fraction, "a number in (0, 1)"),
+            end_step=_as_steps("end_step", self.end_step, at_least=0),
+        )
         if not 0.0 < self.drop_fraction < 1.0:
             raise ValueError(
                 "drop_fraction must lie in (0, 1): the share of a layer's active weights that the "
                 f"first updates replace, got {self.drop_fraction}"
             )
         if self.begin_step is not None:
-            _check_int("begin_step", self.begin_step, at_least=0)
+            keep(self, begin_step=_as_steps("begin_step", self.begin_step, at_least=0))
         if self.end_step < self._begin:
             begin = "begin_step" if self.begin_step is not None else "begin_step (one interval)"
             raise ValueError(
@@ -214,7 +217,8 @@ class SET(_Scheduled):
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: interval < 1, drop_fraction outside (0, 1), end before begin, unknown drop_by.
+      ValueError: interval < 1, drop_fraction outside (0, 1), end before begin, unknown drop_by, or
+        more steps than int32 counts.
 
     Source: Mocanu et al. (arXiv 1707.04780), algorithm 2; RigL (arXiv 1911.11134), table 1.
 
@@ -233,7 +237,7 @@ class SET(_Scheduled):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("drop_by", self.drop_by, ("magnitude", "sign"))
-        _check_bool("skip_step", self.skip_step)
+        keep(self, skip_step=as_bool("skip_step", self.skip_step))
 
     def update(
         self,
@@ -302,7 +306,7 @@ class RigL(_Scheduled):
     Raises:
       TypeError: an argument of the wrong type.
       ValueError: interval < 1, drop_fraction outside (0, 1), end before begin, unknown grow_by,
-        accumulate_steps outside [1, interval].
+        accumulate_steps outside [1, interval], or more steps than int32 counts.
 
     Source: Evci et al., RigL (arXiv 1911.11134), algorithm 1; for ``grow_by`` SparseOpt
     (arXiv 2605.27541), the ITOP ablation.
@@ -325,13 +329,16 @@ class RigL(_Scheduled):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("grow_by", self.grow_by, ("gradient", "corrected_gradient"))
-        _check_int("accumulate_steps", self.accumulate_steps, at_least=1)
+        keep(
+            self,
+            accumulate_steps=_as_steps("accumulate_steps", self.accumulate_steps, at_least=1),
+            skip_step=as_bool("skip_step", self.skip_step),
+        )
         if self.accumulate_steps > self.interval:
             raise ValueError(
                 f"accumulate_steps must not exceed interval={self.interval}, "
                 f"got {self.accumulate_steps}"
             )
-        _check_bool("skip_step", self.skip_step)
 
     def in_accumulation_window(self, step: Any) -> Any:
         """Whether this step is one of the last ``accumulate_steps`` before, and with, an update."""
@@ -397,18 +404,11 @@ def _grown(kept: Stacks, grown: Stacks) -> Stacks:
     return [k | g for k, g in zip(kept, grown, strict=True)]
 
 
-def _check_int(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def _as_steps(name: str, value: Any, at_least: int) -> int:
+    """A number of steps, which are counted in int32."""
+    return as_int(name, value, at_least, at_most=2**31 - 1)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -125,24 +125,66 @@ def test_uniform_leaves_the_first_layer_dense_and_does_not_compensate(sparsity):
     assert counts[STEM] == 7 * 7 * 3 * 64
 
 
-def test_uniform_first_layer():
-    def dense_layers(shapes, **options):
-        counts = sx.Uniform(0.5, **options).layer_counts(shapes)
-        return [path for path, size in sizes(shapes).items() if counts[path] == size]
+def dense_layers(shapes, **options):
+    counts = sx.Uniform(0.5, **options).layer_counts(shapes)
+    return [path for path, size in sizes(shapes).items() if counts[path] == size]
 
+
+def test_uniform_first_layer():
     # The convolution with the fewest input channels, wherever its name sorts.
     conv = {"a/kernel": (3, 3, 16, 8), "b/kernel": (3, 3, 3, 16), "c/kernel": (8, 10)}
     assert dense_layers(conv) == ["b/kernel"]
-    # Without a convolution the first in natural order, in which 2 comes before 10.
+    # Paths alike but for their numbers: the first in natural order, in which 2 comes before 10.
     mlp = {"Dense_10/kernel": (4, 6), "Dense_9/kernel": (6, 8), "Dense_2/kernel": (8, 4)}
     assert dense_layers(mlp) == ["Dense_2/kernel"]
     assert dense_layers(mlp, dense_first=False) == []
     assert dense_layers(mlp, dense_first="Dense_9/kernel") == ["Dense_9/kernel"]
     with pytest.raises(ValueError, match="Dense_8/kernel"):
         dense_layers(mlp, dense_first="Dense_8/kernel")
-    # Two convolutions that see one channel (depthwise ones, say): not for the library to guess.
-    with pytest.raises(ValueError, match=r"dense_first.*a/kernel.*b/kernel"):
-        dense_layers({"a/kernel": (3, 3, 1, 8), "b/kernel": (3, 3, 1, 8)})
+
+
+@pytest.mark.parametrize(
+    ("paths", "shape"),
+    [
+        (["head/kernel"], (8, 8)),
+        (["1/0", "0/0"], (8, 8)),  # lists or tuples of weights and biases
+        (["layers/10/kernel/value", "layers/9/kernel/value"], (8, 8)),
+        ([".layers[2].weight", ".layers[0].weight"], (8, 8)),
+        (["mlp/~/linear_1/w", "mlp/~/linear_0/w"], (8, 8)),
+        (["block1/dense0/kernel", "block0/dense1/kernel", "block0/dense0/kernel"], (8, 8)),
+        (["blocks/kernel/1", "blocks/kernel/0"], (3, 3, 8, 8)),  # a stack, as it is counted
+        (["conv2/weight", "conv1/weight"], (8, 8, 3, 3)),
+        (["x\u00b22/w", "x\u00b21/w"], (8, 8)),  # a superscript is a digit, and no number
+    ],
+)
+def test_numbers_tell_the_first_layer(paths, shape):
+    assert dense_layers(dict.fromkeys(paths, shape)) == [paths[-1]]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "unclear"),
+    [
+        ({"encoder/kernel": (8, 4), "decoder/kernel": (4, 8)}, ["encoder", "decoder"]),
+        ({"torso/kernel": (8, 4), "action_head/kernel": (4, 8)}, ["torso", "action_head"]),
+        ({"hidden": {}, "Dense_0": {}, "Dense_1": {}}, ["hidden", "Dense_0", "Dense_1"]),
+        ({"0/a": {}, "0/b": {}, "1/a": {}}, ["0/a", "0/b", "1/a"]),
+        # Two convolutions that see one channel (depthwise ones, say).
+        ({"a/kernel": (3, 3, 1, 8), "b/kernel": (3, 3, 1, 8)}, ["a/kernel", "b/kernel"]),
+        # As Equinox and PyTorch have them, (out, in, window): the fewest would be the window's.
+        ({"stem/weight": (8, 3, 5, 5), "conv/weight": (8, 8, 3, 3)}, ["stem", "conv"]),
+    ],
+)
+def test_uniform_asks_where_nothing_tells_the_first_layer(shapes, unclear):
+    shapes = {path: shape or (8, 8) for path, shape in shapes.items()}
+    with pytest.raises(
+        ValueError, match="dense_first=True cannot tell which.*" + ".*".join(unclear)
+    ):
+        dense_layers(shapes)
+    named = next(path for path in shapes if path.startswith(unclear[0]))
+    with pytest.raises(ValueError, match=f"for example dense_first='{named}'"):
+        dense_layers(shapes)
+    assert dense_layers(shapes, dense_first=named) == [named]
+    assert dense_layers(shapes, dense_first=False) == []
 
 
 def test_per_layer():
@@ -178,6 +220,35 @@ def test_overrides_stand_outside_the_budget(make):
 def test_an_override_that_matches_nothing(make):
     with pytest.raises(ValueError, match=r"Dense_9/\*"):
         make(0.5, overrides={"Dense_0/*": 0.1, "Dense_9/*": 0.1}).layer_counts(MLP)
+
+
+# --- layers without weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [(0, 4), (4, 0), (3, 0, 4, 4), (0,), (0, 0)])
+def test_layers_without_weights_are_left_out(empty):
+    shapes = {"a/kernel": (8, 10), "e/kernel": empty, "b/kernel": (20, 8)}
+    full = {path: shape for path, shape in shapes.items() if shape != empty}
+    for distribution in (
+        sx.ERK(0.5),
+        sx.ER(0.5, overrides={"a/*": 0.2}),
+        sx.Uniform(0.5, dense_first="a/kernel"),
+        sx.Uniform(0.5, dense_first=False),
+        sx.PerLayer({"*/kernel": 0.5}),
+    ):
+        assert distribution.layer_counts(shapes) == distribution.layer_counts(full)
+    # What is left tells the first layer.
+    assert sx.Uniform(0.5).layer_counts({"e": empty, "a": (4, 4)}) == {"a": 16}
+    for distribution in (sx.ERK(0.5), sx.ER(0.5), sx.Uniform(0.5)):
+        assert distribution.layer_counts({"e": empty}) == {}
+
+
+def test_a_scalar_is_a_layer_of_one_weight():
+    """raw: 1 and (4 + 4) / 16 = 0.5; eps * (1 + 8) = 8.5, so 0.94 and 7.6 weights."""
+    for distribution in (sx.ERK(0.5), sx.ER(0.5)):
+        assert distribution.layer_counts({"t": (), "w": (4, 4)}) == {"t": 1, "w": 8}
+        with pytest.raises(ValueError, match=r"layer 't' of shape \(\) would keep no weight"):
+            distribution.layer_counts({"t": ()})
 
 
 # --- bad input -------------------------------------------------------------------------------

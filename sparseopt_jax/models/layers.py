@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -178,14 +177,6 @@ def layer_norm(x: jax.Array, *, name: str, dtype: Dtype, param_dtype: Dtype) -> 
     return y
 
 
-def check_positive(argument: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is an integer, ValueError unless it is at least 1."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be an int of at least 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value!r}")
-
-
 def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
@@ -193,9 +184,8 @@ def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
 
 
-def check_common(num_classes: Any, dtype: Any, param_dtype: Any, kernel_init: Any) -> None:
-    """Checks the arguments that all models have; raises TypeError or ValueError."""
-    check_positive("num_classes", num_classes)
+def check_common(dtype: Any, param_dtype: Any, kernel_init: Any) -> None:
+    """Checks arguments that all models have; raises TypeError or ValueError."""
     for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         # None would be read as float64 by NumPy and as "any" by Flax.
         if value is None or jnp.dtype(value).name not in _FLOATS:

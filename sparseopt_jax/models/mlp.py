@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from sparseopt_jax.models import layers
+from sparseopt_jax.settings import as_int
 
 _NORMS = ("batch", "layer", "none")
 
@@ -72,17 +73,19 @@ class MLP(nn.Module):
         """Checks the arguments."""
         if not isinstance(self.features, Sequence) or isinstance(self.features, str):
             raise TypeError(f"features must be a sequence of ints, got {self.features!r}")
-        for i, units in enumerate(self.features):
-            layers.check_positive(f"features[{i}]", units)
+        # A list would make the module unhashable.
+        self.features = tuple(
+            as_int(f"features[{i}]", units, at_least=1) for i, units in enumerate(self.features)
+        )
         layers.check_choice("norm", self.norm, _NORMS)
-        layers.check_positive("bn_groups", self.bn_groups)
+        self.bn_groups = as_int("bn_groups", self.bn_groups, at_least=1)
         if self.bn_groups > 1 and self.norm != "batch":
             raise ValueError(
                 f"bn_groups must be 1 where norm is not 'batch'; got bn_groups={self.bn_groups}"
                 f" and norm={self.norm!r}"
             )
-        layers.check_common(self.num_classes, self.dtype, self.param_dtype, self.kernel_init)
-        self.features = tuple(self.features)  # a list would make the module unhashable
+        self.num_classes = as_int("num_classes", self.num_classes, at_least=1)
+        layers.check_common(self.dtype, self.param_dtype, self.kernel_init)
         super().__post_init__()
 
     @nn.compact

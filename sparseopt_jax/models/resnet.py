@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from sparseopt_jax.models import layers
+from sparseopt_jax.settings import as_int
 
 _SHORTCUTS = ("conv3x3", "conv1x1", "identity")
 _STEMS = ("conv3x3", "conv7x7_pool")
@@ -192,15 +193,17 @@ class ResNet(nn.Module):
             raise TypeError(f"stage_sizes must be a sequence of ints, got {self.stage_sizes!r}")
         if not self.stage_sizes:
             raise ValueError(f"stage_sizes must name at least one stage, got {self.stage_sizes!r}")
-        for i, size in enumerate(self.stage_sizes):
-            layers.check_positive(f"stage_sizes[{i}]", size)
-        layers.check_positive("base_channels", self.base_channels)
-        layers.check_positive("width", self.width)
-        layers.check_positive("bn_groups", self.bn_groups)
+        # A list would make the module unhashable.
+        self.stage_sizes = tuple(
+            as_int(f"stage_sizes[{i}]", size, at_least=1) for i, size in enumerate(self.stage_sizes)
+        )
+        self.base_channels = as_int("base_channels", self.base_channels, at_least=1)
+        self.width = as_int("width", self.width, at_least=1)
+        self.bn_groups = as_int("bn_groups", self.bn_groups, at_least=1)
         layers.check_choice("stem", self.stem, _STEMS)
         layers.check_choice("shortcut", self.shortcut, _SHORTCUTS)
-        layers.check_common(self.num_classes, self.dtype, self.param_dtype, self.kernel_init)
-        self.stage_sizes = tuple(self.stage_sizes)  # a list would make the module unhashable
+        self.num_classes = as_int("num_classes", self.num_classes, at_least=1)
+        layers.check_common(self.dtype, self.param_dtype, self.kernel_init)
         super().__post_init__()
 
     @nn.compact
@@ -290,7 +293,7 @@ def SmallResNet(
       >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
       178356
     """
-    layers.check_positive("depth", depth)
+    depth = as_int("depth", depth, at_least=1)
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6 n + 2 for n >= 1 (8, 14, 20, 26, ...), got {depth}")
     return ResNet(
