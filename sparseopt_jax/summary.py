@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +19,7 @@ Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 
 _HEADER = ("leaf", "shape", "kept", "density", "fan-in ± std", "min..max", "dead")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class FanInStatistics(NamedTuple):
@@ -109,7 +111,15 @@ def summary(
     A line for each leaf that has inactive weights: its path and shape, the number and share of the
     weights it keeps, mean and standard deviation, minimum and maximum of its neurons' active
     fan-in, and how many of the neurons are dead (have no active incoming weight). The layers of a
-    stack share a line. Then the sparse layers together, and all other leaves in one line.
+    stack share a line. Then, in lines of their own:
+
+    - the sparse leaves together;
+    - where ``params`` are arrays, and others of their weights are not zero than the active ones,
+      how many are. Weights outside the masks that are not zero are named with their leaves: the
+      model then computes with other weights than the masks say;
+    - all other leaves, and which of them have two and more dimensions (for a stack: its layers),
+      as kernels have: embeddings, but also what ``prunable`` did not take for a kernel;
+    - the density over all parameters.
 
     Args:
       params: pytree of arrays or of anything with shapes.
@@ -127,16 +137,17 @@ def summary(
     Example:
       >>> import jax.numpy as jnp
       >>> import sparseopt_jax as sx
-      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
       >>> masks = {"kernel": jnp.eye(4, 3, dtype=bool), "bias": jnp.ones(3, bool)}
+      >>> params = {"kernel": 0.5 * jnp.eye(4, 3), "bias": jnp.zeros(3)}
       >>> print(sx.summary(params, masks))
       leaf    shape  kept  density  fan-in ± std  min..max  dead
       kernel    4x3     3   0.2500     1.0 ± 0.0      1..1     0
       1 sparse leaf: 3 of 12 weights active, density 0.2500; 0 dead neurons
       1 dense leaf: 3 parameters, all active
+      all parameters: 6 of 15 active, density 0.4000
     """
     check_masks(masks, params)
-    leaves = named_leaves(masks)
+    leaves, values = named_leaves(masks), named_leaves(params)
     for path, mask in leaves.items():
         if isinstance(mask, jax.core.Tracer):
             raise TypeError(
@@ -145,14 +156,16 @@ def summary(
             )
     counts = named_leaves(neuron_fan_in(masks, masks, out_axes, batch_axes))
     rows: list[Sequence[str]] = [_HEADER]
+    sparse: list[str] = []
     kept = size = dead = dense = 0
     for path, mask in leaves.items():
         active = int(np.count_nonzero(np.asarray(mask)))
         if active == mask.size:
             dense += mask.size
             continue
+        sparse.append(path)
         kept, size = kept + active, size + mask.size
-        cells = [path, "x".join(map(str, mask.shape)), f"{active:,}", f"{active / mask.size:.4f}"]
+        cells = [path, _shape(mask), f"{active:,}", f"{active / mask.size:.4f}"]
         if path in counts:
             fan_in = np.asarray(counts[path])
             own_dead = int(np.sum(fan_in == 0))
@@ -163,7 +176,7 @@ def summary(
                 f"{own_dead:,}",
             ]
         rows.append(cells + ["-"] * (len(_HEADER) - len(cells)))
-    lines, sparse = ["no sparse leaves"], len(rows) - 1
+    lines = ["no sparse leaves"]
     if sparse:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -171,12 +184,65 @@ def summary(
             for row in rows
         ]
         lines.append(
-            f"{_leaves(sparse, 'sparse')}: {kept:,} of {size:,} weights active, density "
+            f"{_leaves(len(sparse), 'sparse')}: {kept:,} of {size:,} weights active, density "
             f"{kept / size:.4f}; {dead:,} dead neuron{'s' * (dead != 1)}"
         )
-    if sparse < len(leaves):
-        lines.append(f"{_leaves(len(leaves) - sparse, 'dense')}: {dense:,} parameters, all active")
+        if all(_is_concrete(values[path]) for path in sparse):
+            lines += _not_zero({path: (values[path], leaves[path]) for path in sparse}, kept, size)
+    if len(sparse) < len(leaves):
+        number = _leaves(len(leaves) - len(sparse), "dense")
+        lines.append(f"{number}: {dense:,} parameters, all active")
+        # What is left of a stack without its batch axes tells a kernel from stacked biases.
+        matrices = [
+            f"{path}{_NO_BREAK}{_shape(leaves[path])}"
+            for path in counts
+            if path not in sparse and leaves[path].size
+        ]
+        if matrices:
+            lines += _wrapped(f"dense of two and more dimensions: {', '.join(matrices)}")
+        if sparse:
+            active, total = kept + dense, size + dense
+            lines.append(
+                f"all parameters: {active:,} of {total:,} active, density {active / total:.4f}"
+            )
     return "\n".join(lines)
+
+
+def _not_zero(leaves: Mapping[str, tuple[Any, Any]], kept: int, size: int) -> list[str]:
+    """How many weights of the sparse leaves are not zero, unless they are the active ones."""
+    number, outside = 0, {}
+    for path, (value, mask) in leaves.items():
+        not_zero = np.asarray(value) != 0
+        number += int(np.count_nonzero(not_zero))
+        if broken := int(np.count_nonzero(not_zero & ~np.asarray(mask))):
+            outside[path] = broken
+    if outside:
+        named = ", ".join(f"{path}{_NO_BREAK}{count:,}" for path, count in outside.items())
+        return _wrapped(
+            f"{sum(outside.values()):,} weights outside the masks are not zero ({named}): in params"
+            f" {number:,} of the {size:,} are not, density {number / size:.4f}. The model does not"
+            " compute with these masks; apply_masks sets such weights to zero, and so does each"
+            " update where sparse_training is the outermost transformation"
+        )
+    if number < kept:
+        return [f"in params {number:,} of the {kept:,} active weights are not zero"]
+    return []
+
+
+def _is_concrete(value: Any) -> bool:
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return is_array and not isinstance(value, jax.core.Tracer)
+
+
+def _shape(array: Any) -> str:
+    return "x".join(map(str, array.shape))
+
+
+def _wrapped(text: str) -> list[str]:
+    lines = textwrap.wrap(
+        text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def _leaves(number: int, kind: str) -> str:

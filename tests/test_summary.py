@@ -4,9 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
+import sparseopt_jax as sx
 from sparseopt_jax.summary import fan_in_statistics, summary
 from tests import oracles
 from tests.helpers import KERNELS, flat, make_params, random_masks
@@ -85,7 +88,9 @@ leaf            shape  kept  density  fan-in ± std  min..max  dead
 Conv_0/kernel   2x2x3     6   0.5000     2.0 ± 1.6      0..4     1
 Dense_0/kernel    2x5     9   0.9000     1.8 ± 0.4      1..2     0
 2 sparse leaves: 15 of 22 weights active, density 0.6818; 1 dead neuron
-3 dense leaves: 1,010 parameters, all active"""
+3 dense leaves: 1,010 parameters, all active
+dense of two and more dimensions: Dense_1/kernel 100x10
+all parameters: 1,025 of 1,032 active, density 0.9932"""
 
 
 def small_model():
@@ -97,7 +102,7 @@ def small_model():
         "Dense_0": {"kernel": dense, "bias": np.ones(7, bool)},
         "Dense_1": {"kernel": np.ones((100, 10), bool)},
     }
-    return jax.tree.map(lambda m: np.ones(m.shape, np.float32), masks), masks
+    return jax.tree.map(np.float32, masks), masks
 
 
 def test_table_by_hand():
@@ -129,10 +134,66 @@ def test_table_of_a_stack_of_other_axes_and_of_a_vector():
     assert "dense" not in got
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_zero_are_counted(dtype):
+    """Of 22 weights in sparse leaves 15 are active; dense leaves may have zeros."""
+    params, masks = small_model()
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params["Dense_1"]["kernel"][:, 0] = 0
+    assert summary(params, masks) == TABLE
+    params["Dense_0"]["kernel"][1] = 0  # five active weights, as after they have grown
+    added = set(summary(params, masks).splitlines()) - set(TABLE.splitlines())
+    assert added == {"in params 10 of the 15 active weights are not zero"}
+    params["Dense_0"]["kernel"][0, 1] = np.nan  # one that is not active
+    params["Conv_0"]["kernel"][:] = -1
+    lines = summary(jax.tree.map(jnp.asarray, params), masks).splitlines()
+    start = lines.index("2 sparse leaves: 15 of 22 weights active, density 0.6818; 1 dead neuron")
+    text = " ".join(line.strip() for line in lines[start + 1 : -3])
+    assert text.startswith(
+        "7 weights outside the masks are not zero (Conv_0/kernel 6, Dense_0/kernel 1): in params "
+        "17 of the 22 are not, density 0.7727. "
+    )
+    assert lines[-3:] == TABLE.splitlines()[-3:]
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_wrapper_that_breaks_exactness_shows():
+    """What rescales the updates of sparse_training leaves half of every inactive weight."""
+    params = {"kernel": jnp.ones((8, 8))}
+    tx = sx.sparse_training(optax.sgd(0.1), distribution=sx.ERK(0.75), topology=sx.Static())
+    for chain, outside in ((tx, 0), (optax.chain(tx, optax.scale(0.5)), 48)):
+        opt_state = chain.init(params)
+        updates, opt_state = chain.update(params, opt_state, params)
+        table = summary(optax.apply_updates(params, updates), sx.get_masks(opt_state))
+        assert (f"{outside} weights outside the masks" in table) == bool(outside)
+
+
+def test_dense_leaves_that_may_be_kernels_are_named():
+    """Not what is left of a stack's biases without its batch axis, and not what is empty."""
+    masks = {
+        "blocks": {"w": np.ones((3, 4, 4), bool), "b": np.ones((3, 4), bool)},
+        "heads": {f"h[{i}]": np.eye(7, dtype=bool) | np.bool_(i) for i in range(30)},
+        "none": np.ones((0, 4), bool),
+    }
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, np.float32), masks)
+    lines = summary(shapes, masks, batch_axes={"blocks/*": 0}).splitlines()
+    assert max(map(len, lines)) <= 100
+    first = lines.index("32 dense leaves: 1,481 parameters, all active") + 1
+    named = " ".join(line.strip() for line in lines[first:-1])
+    assert named == "dense of two and more dimensions: blocks/w 3x4x4, " + ", ".join(
+        sorted(f"heads/h[{i}] 7x7" for i in range(1, 30))
+    )
+
+
 def test_table_without_sparse_leaves():
     params, masks = small_model()
     got = summary(params, jax.tree.map(np.ones_like, masks))
-    assert got == "no sparse leaves\n5 dense leaves: 1,032 parameters, all active"
+    assert got.splitlines() == [
+        "no sparse leaves",
+        "5 dense leaves: 1,032 parameters, all active",
+        "dense of two and more dimensions: Conv_0/kernel 2x2x3, Dense_0/kernel 2x5, Dense_1/kernel "
+        "100x10",
+    ]
     assert summary({}, {}) == "no sparse leaves"
 
 
