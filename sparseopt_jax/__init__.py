@@ -1,5 +1,7 @@
 """SparseOpt and dynamic sparse training around any optax optimizer."""
 
+from types import ModuleType as _ModuleType
+
 from sparseopt_jax.constraints import keep_params_masked as keep_params_masked
 from sparseopt_jax.constraints import zero_inactive as zero_inactive
 from sparseopt_jax.diagnostics import GradientSkew as GradientSkew
@@ -54,3 +56,14 @@ from sparseopt_jax.topology import Static as Static
 from sparseopt_jax.topology import Topology as Topology
 
 __version__ = "0.1.0"
+
+# The names above, without the modules that they come from: what help, dir and import * show.
+__all__ = sorted(
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and not isinstance(value, _ModuleType)
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

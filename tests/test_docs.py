@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import inspect
 import pathlib
+import pydoc
 import re
 import subprocess
 import sys
@@ -39,15 +40,60 @@ def test_the_readme_has_blocks_and_every_fence_is_one_of_them():
         assert fences == ["python", ""] * len(python_blocks(text)), name
 
 
+def shown_outputs(text):
+    """For each block, the indented lines that follow it: what the page says that it prints."""
+    found = re.findall(
+        r"^( *)```python\n.*?^\1```\n((?:\n*\1    [^\n]*\n)*)", text, re.DOTALL | re.MULTILINE
+    )
+    return [re.sub(rf"^{indent}    ", "", shown, flags=re.MULTILINE) for indent, shown in found]
+
+
 @pytest.mark.parametrize("name", WITH_BLOCKS)
-def test_blocks_run(name, tmp_path):
+def test_blocks_run_and_print_what_the_page_shows(name, tmp_path):
     """In order, as one program: a later block may use what an earlier one defined."""
-    program = tmp_path / "blocks.py"
-    program.write_text("\n".join(python_blocks(TEXTS[name])), encoding="utf-8")
+    program, end = tmp_path / "blocks.py", "-- end of block --"
+    blocks = [f"{block}\nprint({end!r})\n" for block in python_blocks(TEXTS[name])]
+    program.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", program], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-X", "utf8", program],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
+    printed = [output.strip() for output in done.stdout.split(f"{end}\n")[:-1]]
+    assert printed == [output.strip() for output in shown_outputs(TEXTS[name])]
+
+
+def test_outputs_are_found_on_a_page():
+    fence = "```"
+    page = f"""
+{fence}python
+print(1)
+{fence}
+
+    1
+      2
+
+    3
+
+And:
+
+   {fence}python
+   {fence}
+
+   text
+
+   {fence}python
+   print(3)
+   {fence}
+
+       3
+
+    no output
+"""
+    assert [shown.strip() for shown in shown_outputs(page)] == ["1\n  2\n\n3", "", "3"]
+    assert any(shown_outputs(README))
 
 
 def test_pages_link_only_to_files_that_are_there():
@@ -150,6 +196,15 @@ def faults(name, value):
     return lacking
 
 
+def test_help_and_dir_show_the_public_names():
+    assert sparseopt_jax.__all__ == dir(sparseopt_jax) == sorted(PUBLIC)
+    text = pydoc.plain(pydoc.render_doc(sparseopt_jax))
+    assert not [name for name in PUBLIC if not re.search(rf"^    (class )?{name}\b", text, re.M)]
+    namespace = {}
+    exec("from sparseopt_jax import *", namespace)
+    assert set(namespace) - {"__builtins__"} == set(PUBLIC)
+
+
 def test_public_docstrings_are_complete():
     assert {"sparse_training", "sparseopt", "ERK", "RigL", "get_masks"} <= set(PUBLIC)
     unexpected = [n for n, v in PUBLIC.items() if not (inspect.isclass(v) or inspect.isfunction(v))]
@@ -211,8 +266,26 @@ def test_import_needs_neither_flax_nor_the_experiments():
     assert set(done.stdout.split()) - standard == {"sparseopt_jax"}
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_no_page_and_no_message_installs_the_project_by_name():
+    """It is installed from a clone: no index has its name."""
+    files = [f for kind in ("*.py", "*.sh", "*.md") for f in (ROOT / "experiments").rglob(kind)]
+    files += [*(ROOT / "sparseopt_jax").rglob("*.py"), *(ROOT / name for name in TEXTS)]
+    by_name = re.compile(rf"pip install[^\n]*{PROJECT['name']}|{PROJECT['name']}\[")
+    assert not [file for file in files if by_name.search(file.read_text(encoding="utf-8"))]
+    (flax,) = PROJECT["optional-dependencies"]["models"]
+    models = ROOT / "sparseopt_jax" / "models" / "__init__.py"
+    assert f"pip install '{flax}'" in models.read_text(encoding="utf-8")
+
+
+def test_urls_lead_to_what_the_readme_cites():
+    (paper,) = PROJECT["urls"].values()
+    assert f"arXiv {paper.removeprefix('https://arxiv.org/abs/')}" in README
+
+
 def test_versions_agree():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert sparseopt_jax.__version__ == project["version"]
+    assert sparseopt_jax.__version__ == PROJECT["version"]
     changelog = TEXTS["CHANGELOG.md"]
-    assert re.search(rf"^## {re.escape(project['version'])}\b", changelog, re.MULTILINE)
+    assert re.search(rf"^## {re.escape(PROJECT['version'])}\b", changelog, re.MULTILINE)
