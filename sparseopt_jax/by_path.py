@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
+
+from sparseopt_jax.patterns import matches
 
 Value = TypeVar("Value")
 ByPath: TypeAlias = Value | Mapping[str, Value]
@@ -29,7 +30,7 @@ def grouped(
     taken: set[int] = set()
     groups = []
     for pattern, value in values.items():
-        matching = [i for i, path in enumerate(paths) if fnmatchcase(path, pattern)]
+        matching = [i for i, path in enumerate(paths) if matches(path, pattern)]
         if not matching:
             raise ValueError(
                 f"{name} pattern {pattern!r} matches none of the layers: {', '.join(paths)}"

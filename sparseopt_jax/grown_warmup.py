@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sparseopt_jax import activity as bits
 from sparseopt_jax.by_path import ByPath
+from sparseopt_jax.settings import as_int, as_number, keep, kind_of
 from sparseopt_jax.topology import Topology
 
 Array: TypeAlias = jax.Array
@@ -57,11 +58,11 @@ class adam_bias_correction:
     b2: float = 0.999
 
     def __post_init__(self) -> None:
-        for name, value in (("b1", self.b1), ("b2", self.b2)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+        for name in ("b1", "b2"):
+            value = as_number(name, getattr(self, name))
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1): Adam's decay rate, got {value}")
+            keep(self, **{name: value})
 
     def __call__(self, age: Array, step: Array) -> Array:
         """The scale, float32.
@@ -105,11 +106,9 @@ def as_warmup(
     """
     if grown_warmup is None:
         return None
-    if isinstance(grown_warmup, int) and not isinstance(grown_warmup, bool):
-        if grown_warmup < 1:
-            raise ValueError(f"grown_warmup must be at least 1 step, got {grown_warmup}")
-        grown_warmup = _Ramp(grown_warmup)
-    if not callable(grown_warmup):
+    if kind_of("grown_warmup", grown_warmup) is int:
+        grown_warmup = _Ramp(as_int("grown_warmup", grown_warmup, at_least=1))
+    if isinstance(grown_warmup, type) or not callable(grown_warmup):
         raise TypeError(
             "grown_warmup must be a number of steps, adam_bias_correction(), or a function of age "
             f"and step, got {grown_warmup!r}"

@@ -91,6 +91,8 @@ def check_function(name: str, function: Any, *arguments: str, or_none: bool = Fa
     wanted = f"a function {wanted}" + (", or None" if or_none else "")
     if not callable(function):
         hint = ""
+        if isinstance(function, jax.Array):
+            hint = f"; optax.inject_hyperparams calls what is not named in static_args=({name!r},)"
         if isinstance(function, str):
             parameters = ", ".join(arguments)
             hint = f"; for a pattern: lambda {parameters}: fnmatch.fnmatchcase(path, {function!r})"

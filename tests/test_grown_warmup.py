@@ -126,7 +126,7 @@ def test_weights_made_active_by_hand():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="grown_warmup must be a number of steps"):
         make_tx(0.9, "ramp")
-    with pytest.raises(ValueError, match="grown_warmup must be at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="grown_warmup must be at least 1, got 0"):
         make_tx(0.9, 0)
     with pytest.raises(ValueError, match="b2 must lie in"):
         sx.adam_bias_correction(b2=1.0)
