@@ -35,7 +35,21 @@ PyTree: TypeAlias = Any
 
 
 class Distribution(Protocol):
-    """How many weights each layer keeps; see ``Uniform``, ``ER``, ``ERK`` and ``PerLayer``."""
+    """How many weights each layer keeps; see ``Uniform``, ``ER``, ``ERK`` and ``PerLayer``.
+
+    Anything with this method is one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import sparseopt_jax as sx
+      >>> class OnePerNeuron:
+      ...     def layer_counts(self, layers):
+      ...         return {path: shape[-1] for path, shape in layers.items()}
+      >>> tx = sx.sparse_training(
+      ...     optax.sgd(0.1), distribution=OnePerNeuron(), topology=sx.Static())
+      >>> int(sx.get_masks(tx.init({"kernel": jnp.ones((8, 4))}))["kernel"].sum())
+      4
+    """
 
     def layer_counts(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""

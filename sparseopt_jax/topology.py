@@ -26,7 +26,23 @@ _MILLION = 1_000_000
 
 
 class Topology(Protocol):
-    """What ``sparse_training`` asks of a topology; ``Static``, ``SET`` and ``RigL`` have it."""
+    """What ``sparse_training`` asks of a topology; ``Static``, ``SET`` and ``RigL`` have it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> class Shifted(sx.Topology):
+      ...     skip_step, grow_by, accumulate_steps = False, "gradient", 1
+      ...     def is_update_step(self, step):
+      ...         return step % 10 == 0
+      ...     def in_accumulation_window(self, step):
+      ...         return self.is_update_step(step)
+      ...     def update(self, key, step, masks, params, scores, *, batch_axes=()):
+      ...         return jax.tree.map(lambda mask: jnp.roll(mask, 1), masks)
+      >>> masks = {"kernel": jnp.array([[True, False, False]])}
+      >>> Shifted().update(None, 0, masks, masks, masks)["kernel"].tolist()
+      [[False, True, False]]
+    """
 
     @property
     def skip_step(self) -> bool:

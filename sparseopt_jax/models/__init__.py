@@ -6,7 +6,7 @@ import importlib.util
 if importlib.util.find_spec("flax") is None:
     raise ModuleNotFoundError(
         "sparseopt_jax.models needs flax, which is not installed;"
-        " pip install 'flax>=0.12,<0.13' brings it",
+        " pip install 'flax>=0.12.8,<0.13' brings it",
         name="flax",
     )
 
