@@ -2,7 +2,17 @@
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg), and everything else by Pillow. An image that is
 damaged raises CorruptImageError, which says what is wrong but not with which image: callers know
-its name. An EXIF orientation is ignored, as the usual ImageNet pipelines ignore it.
+its name. An EXIF orientation is ignored, as the usual ImageNet pipelines ignore it; transparency is
+dropped; of an animation the first picture is taken.
+
+Values of more than 8 bits become 8 bits by a rule for each kind, that no other image matters to:
+
+    16 bits (in TIFF also 12)     the upper 8 (colours in PPM are rounded to 8)
+    32 bits, or signed            0 to 255 are taken as they are
+    floating-point numbers        0 to 1 is 0 to 255; whole numbers from 0 to 255 as they are
+
+What has no clear meaning by that is refused: every other range, and an image of 16 bits that would
+come out black although it is not, since its values need no more than 8.
 """
 
 from __future__ import annotations
@@ -15,15 +25,26 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
 
 from experiments.data.errors import CorruptImageError
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before memory is allocated; Pillow's own limit, about 9459 x 9459."""
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-"""What Pillow may take an image for; others of its formats start programs, or are no pictures."""
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+"""What Pillow may take an image for, and the endings of such files. Others of its formats start
+programs, have no mark that tells them from other files, or are no pictures."""
 
 MIN_AREA = 0.08
 MAX_RATIO = 4 / 3
@@ -45,8 +66,23 @@ _ATTEMPTS = 10
 # apart in the counter, so a change of it changes every box of every run.
 _BLOCKS = 12
 
-# The threads are Grain's; OpenCV's own would fight them for the cores.
+# The threads are Grain's; OpenCV's and libavif's own would fight them for the cores.
 cv2.setNumThreads(1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+# What is wrong with an image is said here, and its name with it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file begins as one in a format of `FORMATS` does, whatever its name; or OSError."""
+    with open(path, "rb") as file:
+        try:
+            Image.open(file, formats=tuple(FORMATS)).close()
+        except Image.DecompressionBombError:
+            return True  # which is said of it when it is read
+        except Exception:  # of nearly every type, by what the file has in common with an image
+            return False
+    return True
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -60,6 +96,14 @@ def image_size(encoded: bytes) -> tuple[int, int]:
         with _opened(encoded) as image:
             size = image.height, image.width
     return _checked(size)
+
+
+def is_grey(encoded: bytes) -> bool:
+    """Whether it has no colours, by the header alone; raises as `image_size`."""
+    if _jpeg_size(encoded) is not None:
+        return bool(simplejpeg.decode_jpeg_header(encoded, strict=False)[2] == "Gray")
+    with _opened(encoded) as image:
+        return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
@@ -228,6 +272,8 @@ def _decode_reduced(encoded: bytes, scale: int) -> npt.NDArray[np.uint8]:
     with _opened(encoded) as image:
         _checked((image.height, image.width))
         image = _to_rgb(image)
+        if np.asarray(image).max() <= 1:
+            _refuse_if_made_black(encoded)
         # The counterpart of a JPEG's scaled decoding, averaging blocks of pixels.
         return np.array(image.reduce(scale) if scale > 1 else image)
 
@@ -238,29 +284,73 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
     if not encoded:
         raise CorruptImageError("it is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=tuple(FORMATS)) as image:
             yield image
     except (CorruptImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise CorruptImageError(
-            f"not an image in one of the formats {', '.join(FORMATS)}"
+            f"not an image in one of the formats {', '.join(FORMATS)}, or its pixels are of a kind"
+            " that is not read"
         ) from None
     except Exception as error:  # Pillow raises nearly every type of exception on damaged data
         raise CorruptImageError(f"damaged image: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB with 8 bits; transparency is ignored, of 16 bits the upper 8 are kept."""
+    """The image in RGB with 8 bits; transparency is ignored."""
     image.load()
     # Pillow would warn where it cannot carry the transparent colour over.
     image.info.pop("transparency", None)
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(np.stack([grey] * 3, axis=-1))
-    if image.mode == "F":
-        raise CorruptImageError("its pixels are floating-point numbers, not integers")
+    if image.mode == "F" or image.mode.startswith("I") or _is_signed(image):
+        return Image.fromarray(np.stack([_eight_bits(image)] * 3, axis=-1))
+    if image.mode == "La":
+        image = image.convert("LA")  # from which alone Pillow goes on
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG to be inverted, as Adobe stores them.
         image = ImageChops.invert(image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The values of a grey image, as the module's docstring says; raises CorruptImageError."""
+    values = np.asarray(image)
+    if values.dtype == np.uint8:  # so Pillow reads signed ones too
+        values = values.view(np.int8)
+    if values.dtype.kind == "u" or (image.format != "TIFF" and image.mode == "I"):
+        # Pillow scales what has fewer bits to 16, but for TIFF.
+        values = values >> (_tag(image, TiffImagePlugin.BITSPERSAMPLE, 16) - 8)
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        values = np.rint(255 * values)
+    elif not (low >= 0 and high <= 255 and np.array_equal(values, np.rint(values))):
+        kind, right = "32-bit or signed integers", "0 to 255"
+        if values.dtype.kind == "f":
+            kind, right = "floating-point numbers", "0 to 1, or whole numbers from 0 to 255"
+        raise CorruptImageError(
+            f"its pixels are {kind} from {low:g} to {high:g}, of which nothing says what is white;"
+            f" they must be {right}, or have 8 or 16 bits"
+        )
+    grey = values.astype(np.uint8)
+    white_is_zero = _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0
+    return 255 - grey if white_is_zero else grey
+
+
+def _refuse_if_made_black(encoded: bytes) -> None:
+    """Raises CorruptImageError where an image is black for want of the lower 8 of its 16 bits."""
+    values = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
+    if values is not None and values.dtype == np.uint16 and 0 < values.max() <= 255:
+        raise CorruptImageError(
+            f"its pixels have 16 bits, but are at most {values.max()} of 65535, which is black;"
+            " they must use the whole range, or have 8 bits"
+        )
+
+
+def _is_signed(image: Image.Image) -> bool:
+    return _tag(image, TiffImagePlugin.SAMPLEFORMAT, 1) == 2
+
+
+def _tag(image: Image.Image, number: int, default: int) -> int:
+    """A number that a TIFF says of its pixels, of the first channel's; `default` if it does not."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return int(value[0] if isinstance(value, tuple) else value)
