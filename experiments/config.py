@@ -19,7 +19,22 @@ LoggerName = Literal["tensorboard", "wandb"]
 
 
 class ConfigError(ValueError):
-    """A wrong setting; its message is all that the user has to read."""
+    """A wrong setting; its message is all that the user has to read.
+
+    Attributes:
+      changes: values of fields with which it would work, where that can be told.
+      stand_ins: names in capitals for values that the user alone knows, by field.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        changes: Mapping[str, Any] = types.MappingProxyType({}),
+        stand_ins: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        """Keeps all three."""
+        super().__init__(message)
+        self.changes, self.stand_ins = dict(changes), dict(stand_ins)
 
 
 @dataclasses.dataclass(frozen=True)

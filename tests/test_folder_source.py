@@ -1,5 +1,6 @@
 """Folders of class folders against the files that the tests wrote into them."""
 
+import os
 import pathlib
 import pickle
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
-from experiments.data.sources import Example, open_source
+from experiments.data.sources import Example, counted, open_source
 from tests import make_data
 
 
@@ -45,16 +46,61 @@ def test_reads_every_file_with_the_label_of_its_class(photos):
 
 
 def test_kinds_of_files(photos_copy):
+    """By their ending without a look into them; others by what they begin with, or counted."""
     folder = photos_copy / "train" / "cat"
-    for name in ("é.PNG", "b.JPEG", ".hidden.jpg", "notes.txt"):
+    by_name = ["a.JfIf", "b.JPEG", "c.jpe", "d.pgm", "e.avif", "f.tif", "g.WebP", "h.jp2", "é.PNG"]
+    for name in by_name:
         (folder / name).write_bytes(name.encode())
+    content = (folder / "000.jpg").read_bytes()
+    by_content = ["x", "x.0001", "x.heic", "x.jpg~"]
+    for name in by_content:
+        (folder / name).write_bytes(content)
+    for name in ("1.heic", "2.HEIC", "3.heic"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic")
+    for name in ("notes.txt", "LICENSE", "BMP.csv", "P5 of 6"):
+        (folder / name).write_bytes(name.encode())
+    for name in (".DS_Store", "._000.jpg", ".hidden.jpg", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(content)
+    (folder / "empty").touch()
     (photos_copy / "train" / ".cache").mkdir()
+    (photos_copy / "train" / "__MACOSX").mkdir()
     (photos_copy / "train" / "README.md").write_text("")
     source = open_source("folder", str(photos_copy), "train")
     names = [source.name(i) for i in range(len(source)) if "/cat/" in source.name(i)]
-    found = [f"{i:03d}.jpg" for i in range(3)] + ["b.JPEG", "é.PNG"]
-    assert names == [str(folder / name) for name in found]
-    assert source.read([7]) == [Example("é.PNG".encode(), 1)]
+    found = [f"{i:03d}.jpg" for i in range(3)] + by_name + by_content
+    assert names == [str(folder / name) for name in sorted(found)]
+    assert source.read([names.index(str(folder / "é.PNG")) + 3]) == [Example("é.PNG".encode(), 1)]
+    assert source.classes == ("Bird", "cat", "dog")
+    assert source.passed_over == {
+        "hidden": 7, ".heic": 3, "without an ending": 3, ".txt": 1, ".csv": 1, ".md": 1
+    }  # fmt: skip
+    assert counted(source.passed_over) == (
+        "7 hidden, 3 .heic, 3 without an ending, 1 .csv, 1 .md, 1 .txt"
+    )
+    assert open_source("folder", str(photos_copy)).passed_over == {}
+
+
+def test_links(photos_copy, tmp_path):
+    """To an image, to a class folder; one that leads nowhere, or in a circle, is an error."""
+    cat = photos_copy / "train" / "cat"
+    (cat / "000.jpg").rename(tmp_path / "elsewhere")
+    (cat / "000.jpg").symlink_to(tmp_path / "elsewhere")
+    (photos_copy / "train" / "dog").rename(tmp_path / "dogs")
+    (photos_copy / "train" / "dog").symlink_to(tmp_path / "dogs")
+    source = open_source("folder", str(photos_copy), "train")
+    assert len(source) == 9
+    assert source.read([3]) == [Example((tmp_path / "elsewhere").read_bytes(), 1)]
+    (tmp_path / "elsewhere").unlink()
+    with pytest.raises(DataError, match=r"cat/000\.jpg is a link to .*/elsewhere, which is not a"):
+        open_source("folder", str(photos_copy), "train")
+    (cat / "000.jpg").unlink()
+    (cat / "000.jpg").symlink_to(cat / "000.jpg")
+    with pytest.raises(DataError, match=r"cat/000\.jpg: cannot be read: Too many levels"):
+        open_source("folder", str(photos_copy), "train")
+    (cat / "000.jpg").unlink()
+    os.mkfifo(cat / "000.jpg")
+    with pytest.raises(DataError, match=r"cat/000\.jpg is there, but not a file"):
+        open_source("folder", str(photos_copy), "train")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +108,7 @@ def test_kinds_of_files(photos_copy):
     [
         (["val"], "val"),
         (["validation"], "validation"),
+        (["valid"], "valid"),
         (["test"], "test"),
         (["val", "test"], "test"),
         (["val", "validation"], "validation"),
@@ -98,13 +145,20 @@ def test_classes_must_be_those_of_train(photos_copy):
 def test_without_images(photos_copy):
     folder = photos_copy / "train" / "cat"
     for path in folder.iterdir():
+        path.write_text("<svg/>")
         path.rename(path.with_suffix(".svg"))
-    with pytest.raises(DataError, match=rf"{folder} is a class folder without images.*000\.svg"):
+    (folder / ".DS_Store").touch()
+    dog = photos_copy / "train" / "dog"
+    shutil.rmtree(dog)
+    dog.mkdir()
+    (photos_copy / "train" / "Bird" / "nest").mkdir()
+    with pytest.raises(DataError) as caught:
         open_source("folder", str(photos_copy), "train")
-    shutil.rmtree(folder)
-    folder.mkdir()
-    with pytest.raises(DataError, match=f"{folder} is a class folder without images"):
-        open_source("folder", str(photos_copy), "train")
+    bird, cat, dog = str(caught.value).splitlines()  # all that is wrong at once
+    assert "Bird is a class folder, but has a folder in it, nest; images must lie dir" in bird
+    assert re.search(rf"^{folder} is a class folder without images \(JPEG, PNG, .*\)", cat)
+    assert cat.endswith("; passed over: 3 .svg, 1 hidden")
+    assert dog.endswith("PPM)")
 
 
 def test_without_class_folders(tmp_path):
@@ -135,8 +189,10 @@ def test_is_not_there(data_dir):
 def test_without_train_or_evaluation(tmp_path, photos_copy):
     with pytest.raises(ConfigError, match=f"{tmp_path / 'photos' / 'train'} has no folder train/"):
         open_source("folder", str(photos_copy / "train"))
+    with pytest.raises(ConfigError, match=f"Did you mean data_dir={photos_copy}?"):
+        open_source("folder", str(tmp_path))
     shutil.rmtree(photos_copy / "val")
-    with pytest.raises(ConfigError, match="none of the folders test, validation, val"):
+    with pytest.raises(ConfigError, match="none of the folders test, validation, val, valid"):
         open_source("folder", str(photos_copy))
 
 

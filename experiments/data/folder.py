@@ -1,37 +1,53 @@
-"""A folder of class folders: `train/<class>/<image>`, `val/<class>/<image>`."""
+"""A folder of class folders: `train/<class>/<image>`, `val/<class>/<image>`.
+
+A file is an image by its ending, in small or capital letters, or else by what it begins with;
+others are passed over and counted.
+"""
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.command_line import closest
 from experiments.config import ConfigError
+from experiments.data import decode, sources
 from experiments.data.errors import DataError
 from experiments.data.paths import local_folder
 from experiments.data.sources import Example
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-"""Endings of the files that are images, in small or capital letters; other files are ignored."""
-
 TRAIN = "train"
-EVALUATION = ("test", "validation", "val")
+EVALUATION = ("test", "validation", "val", "valid")
 """Splits to evaluate on, the first choice first."""
+
+_ENDINGS = tuple(ending for endings in decode.FORMATS.values() for ending in endings)
+
+# What systems leave behind, besides the names that begin with a dot.
+_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")
 
 
 class FolderSource:
     """The images of one split, by class and then by name; see `sources.Source`."""
 
-    def __init__(self, folder: str, classes: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        classes: Sequence[str],
+        names: Sequence[Sequence[str]],
+        passed_over: Mapping[str, int],
+    ) -> None:
         """Takes the split's folder, its class folders, and the file names in each of these."""
         self.split = os.path.basename(folder)
+        self.classes = tuple(classes)
+        self.passed_over = passed_over
         self.num_classes = len(classes)
         self.image_shape: tuple[int | None, int | None, int] = (None, None, 3)
         self._folder = folder
-        self._classes = tuple(classes)
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), [*map(len, names)])
         # One array of bytes, since a million strings would be copied into every worker process.
         encoded = [os.fsencode(name) for group in names for name in group]
@@ -60,7 +76,7 @@ class FolderSource:
             raise IndexError(f"index={index} must be in [0, {len(self)})")
         start = self._ends[index - 1] if index else 0
         name = os.fsdecode(self._names[start : self._ends[index]])
-        return os.path.join(self._folder, self._classes[self._labels[index]], name)
+        return os.path.join(self._folder, self.classes[self._labels[index]], name)
 
 
 def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderSource:
@@ -68,22 +84,26 @@ def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderS
 
     Raises:
       ConfigError: there is no such folder, split or label.
-      DataError: a class folder has no images, the split's classes are not those of train, or an
-        image lies where it belongs to no class.
+      DataError: a class folder has no images, the split's classes are not those of train, an image
+        lies where it belongs to no class, or a link leads nowhere.
     """
     if label != "label":
         raise ConfigError(f"label={label!r} must be 'label': class folders have one label only")
     layout = "<split>/<class>/<image>, e.g. train/cat/1.jpg and val/cat/2.jpg"
+    own: dict[str, Any] = {"stand_ins": {"data_dir": "FOLDER"}}
     if not data_dir:
-        raise ConfigError(f"data_dir is empty; dataset=folder needs a folder of {layout}")
+        raise ConfigError(f"data_dir is empty; dataset=folder needs a folder of {layout}", **own)
     root = local_folder("data_dir", data_dir)
     if not root.is_dir():
-        raise ConfigError(f"data_dir={data_dir}: no such folder; it must hold {layout}")
-    splits = [entry.name for entry in _visible(root) if entry.is_dir()]
+        raise ConfigError(f"data_dir={data_dir}: no such folder; it must hold {layout}", **own)
+    splits = _folders(root)
     if TRAIN not in splits:
+        deeper = [name for name in splits if (root / name / TRAIN).is_dir()]
         raise ConfigError(
             f"data_dir={data_dir} has no folder train/; it must hold {layout};"
-            f" its folders: {_listed(splits)}"
+            f" its folders: {_listed(splits)}."
+            + (f" Did you mean data_dir={root / deeper[0]}?" if deeper else ""),
+            **({"changes": {"data_dir": str(root / deeper[0])}} if deeper else own),
         )
     split = split or _evaluation_split(root, splits)
     if split not in splits:
@@ -91,11 +111,17 @@ def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderS
             f"split {split!r}: {root} has no such folder.{closest(split, splits)}"
             f" Its splits: {_listed(splits)} (slices are for tensorflow-datasets only)"
         )
-    classes = _class_folders(root / split)
+    there = _class_folders(root / split)
     if split != TRAIN:
-        _check_same_classes(root, split, classes)
-    names = [_images(root / split / name) for name in classes]
-    return FolderSource(str(root / split), classes, names)
+        _check_same_classes(root, split, there.folders)
+    found = [_list(root / split / name) for name in there.folders]
+    if wrong := [text for each in found if (text := _wrong_with_class(each))]:
+        more = f"\nand {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise DataError("\n".join(wrong[:5]) + more)
+    passed_over = sum((each.passed_over for each in found), there.passed_over)
+    return FolderSource(
+        str(root / split), there.folders, [each.images for each in found], passed_over
+    )
 
 
 def _evaluation_split(root: pathlib.Path, splits: Sequence[str]) -> str:
@@ -106,12 +132,12 @@ def _evaluation_split(root: pathlib.Path, splits: Sequence[str]) -> str:
             f"{root} has none of the folders {', '.join(EVALUATION)} to evaluate on; its folders:"
             f" {_listed(splits)}"
         )
-    labelled = [name for name in there if any(e.is_dir() for e in _visible(root / name))]
+    labelled = [name for name in there if _folders(root / name)]
     return (labelled or there)[0]
 
 
 def _check_same_classes(root: pathlib.Path, split: str, classes: Sequence[str]) -> None:
-    expected = _class_folders(root / TRAIN)
+    expected = _class_folders(root / TRAIN).folders
     missing = sorted(set(expected) - set(classes))
     extra = sorted(set(classes) - set(expected))
     if missing or extra:
@@ -123,54 +149,85 @@ def _check_same_classes(root: pathlib.Path, split: str, classes: Sequence[str]) 
         )
 
 
-def _class_folders(folder: pathlib.Path) -> list[str]:
-    """Names of the class folders, sorted; raises DataError where there are none."""
-    entries = _visible(folder)
-    stray = [entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir()]
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if not classes:
+class _Listing(NamedTuple):
+    """Names of the folders and of the images in a folder, sorted; how many other files, by kind."""
+
+    path: pathlib.Path
+    folders: list[str]
+    images: list[str]
+    passed_over: Counter[str]
+
+
+def _list(path: pathlib.Path) -> _Listing:
+    listing = _Listing(path, [], [], Counter())
+    try:
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                _sort_in(entry, listing)
+    except OSError as error:
         raise DataError(
-            f"{folder} has no class folders" + (f", but images: {_listed(stray)}" if stray else "")
+            f"{error.filename or path}: cannot be read: {error.strerror or error}"
+        ) from error
+    return listing
+
+
+def _sort_in(entry: os.DirEntry[str], listing: _Listing) -> None:
+    """Puts an entry of a folder into its listing; raises DataError or OSError."""
+    name = entry.name.lower()
+    if _is_hidden(name):
+        listing.passed_over["hidden"] += 1
+    elif entry.is_dir():
+        listing.folders.append(entry.name)
+    elif not entry.is_file():  # a link to nothing, or a pipe, which would be waited for
+        target = f"a link to {os.readlink(entry)}, which is" if entry.is_symlink() else "there, but"
+        raise DataError(f"{entry.path} is {target} not a file")
+    elif name.endswith(_ENDINGS) or decode.is_image(entry.path):
+        listing.images.append(entry.name)
+    else:
+        listing.passed_over[os.path.splitext(name)[1] or "without an ending"] += 1
+
+
+def _class_folders(folder: pathlib.Path) -> _Listing:
+    """What is in a split; raises DataError where it has no class folders, or images beside them."""
+    found = _list(folder)
+    if not found.folders:
+        raise DataError(
+            f"{folder} has no class folders"
+            + (f", but images: {_listed(found.images)}" if found.images else "")
         )
-    if stray:
+    if found.images:
         raise DataError(
             f"{folder} has images beside its class folders, which belong to no class:"
-            f" {_listed(stray)}"
+            f" {_listed(found.images)}"
         )
-    return classes
+    return found
 
 
-def _images(folder: pathlib.Path) -> list[str]:
-    """Names of the images in a class folder, sorted; raises DataError where there are none."""
-    names: list[str] = []
-    others: list[str] = []
-    for entry in _visible(folder):
-        if entry.is_dir():
-            raise DataError(
-                f"{folder} is a class folder, but has a folder in it, {entry.name};"
-                " images must lie directly in their class folder"
-            )
-        (names if _is_image(entry.name) else others).append(entry.name)
-    if not names:
-        raise DataError(
-            f"{folder} is a class folder without images ({' '.join(EXTENSIONS)})"
-            + (f"; its other files: {_listed(others)}" if others else "")
+def _wrong_with_class(found: _Listing) -> str:
+    """What is wrong with a class folder; empty where nothing is."""
+    if found.folders:
+        return (
+            f"{found.path} is a class folder, but has a folder in it, {found.folders[0]};"
+            " images must lie directly in their class folder"
         )
-    return names
+    if not found.images:
+        return f"{found.path} is a class folder without images ({', '.join(decode.FORMATS)})" + (
+            f"; passed over: {sources.counted(found.passed_over)}" if found.passed_over else ""
+        )
+    return ""
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
 
 
-def _visible(folder: pathlib.Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder that are not hidden, sorted by name."""
+def _folders(path: pathlib.Path) -> list[str]:
+    """The names of the folders in a folder that are not hidden, sorted."""
     try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        with os.scandir(path) as entries:
+            return sorted(e.name for e in entries if not _is_hidden(e.name.lower()) and e.is_dir())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
-    return sorted(shown, key=lambda entry: entry.name)
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

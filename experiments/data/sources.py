@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -20,11 +20,13 @@ class Source(Protocol):
       split: the name of the split.
       num_classes: how many labels there are.
       image_shape: height, width and channels; None where images differ in it.
+      passed_over: how many files lie among the images that are none, by kind, e.g. ".txt".
     """
 
     split: str
     num_classes: int
     image_shape: tuple[int | None, int | None, int]
+    passed_over: Mapping[str, int]
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -34,6 +36,18 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call the example in a message: its file, or record file and place in it."""
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """How many files there are of each kind, the most first.
+
+    Example:
+      >>> counted({".txt": 1, ".heic": 1200})
+      '1,200 .heic, 1 .txt'
+    """
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(ordered) - 10} more kinds" if len(ordered) > 10 else ""
+    return ", ".join(f"{number:,} {kind}" for kind, number in ordered[:10]) + more
 
 
 def open_source(dataset: str, data_dir: str, split: str = "", label: str = "label") -> Source:

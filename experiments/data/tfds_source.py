@@ -13,7 +13,7 @@ import os
 import pathlib
 import resource
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,6 +58,7 @@ class TfdsSource:
         self.split = split
         self.num_classes = num_classes
         self.image_shape = image_shape
+        self.passed_over: Mapping[str, int] = {}
         self._shards = tuple(shards)
         self._ends = list(itertools.accumulate(shard.size for shard in shards))
         self._keys = keys
