@@ -37,7 +37,8 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= total:
         raise ConfigError(
-            f"warmup_epochs={config.warmup_epochs:g} must be below epochs={config.epochs}"
+            f"warmup_epochs={config.warmup_epochs:g} must be below epochs={config.epochs}",
+            {"warmup_epochs": 0.0 if total == 1 else config.epochs / 10},
         )
     peak, decay_steps = config.learning_rate, total - warmup
     if config.schedule == "constant":
@@ -69,7 +70,8 @@ def make_topology(config: Config, steps_per_epoch: int) -> Any:
         raise ConfigError(
             f"update_interval={config.update_interval} must be at most {end_step}, since the"
             f" updates end after {config.update_end:g} of the run's {total} steps;"
-            " without any, set topology=static"
+            " without any, set topology=static",
+            {"update_interval": -(-end_step // 10)} if end_step else {"topology": "static"},
         )
     shared: dict[str, Any] = {
         "interval": config.update_interval,

@@ -7,6 +7,7 @@ communication that takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,9 +74,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f" devices, since {processes} processes train together"
         )
     if config.batch_size % size:
+        step = math.lcm(size, config.bn_groups)
         raise ConfigError(
             f"batch_size={config.batch_size} must be a multiple of {size}, the number of devices"
-            f" that share a batch (mesh_data={shape[0]} times mesh_fsdp={shape[1]})"
+            f" that share a batch (mesh_data={shape[0]} times mesh_fsdp={shape[1]})",
+            {"batch_size": max(step, config.batch_size // step * step)},
         )
     # Neighbours lie next to each other. `jax.make_mesh` takes many shapes on some TPUs only: those
     # that split no axis of the torus.

@@ -22,7 +22,17 @@ from typing import NoReturn
 import jax
 import rich.console
 
-from experiments import build, command_line, data, distributed, loggers, metrics, report, workdir
+from experiments import (
+    build,
+    command_line,
+    corrections,
+    data,
+    distributed,
+    loggers,
+    metrics,
+    report,
+    workdir,
+)
 from experiments.batched import Batched
 from experiments.checkpoint import CheckpointError
 from experiments.config import Config, ConfigError
@@ -39,6 +49,8 @@ from experiments.programs import (
 from experiments.progress import Progress
 from experiments.run import Run, StoppedError, total_steps
 from experiments.stopping import StopRequests
+
+_MANY = 10**6  # steps an epoch, for which no setting is too large
 
 
 def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None:
@@ -60,8 +72,8 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
     console = make_console()
     say = functools.partial(console.print, markup=False)
     loggers.check_installed(config.loggers)
-    dataset = data.load(config, say)
-    check(config, dataset)
+    dataset = data.load(config, say, check=check)
+    check(config, dataset)  # images may have been left out
     with distributed.lock(lambda: workdir.lock(folder)):
         todo = open_folder(config, folder)
         total, steps = len(config.runs()), total_steps(config, dataset)
@@ -85,11 +97,18 @@ def make_console() -> rich.console.Console:
     return rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
 
 
-def check(config: Config, dataset: data.Data) -> None:
-    """Says what cannot work before anything is written; raises ConfigError."""
-    batches_runs(config, dataset)
+def check(config: Config, dataset: data.Data | data.Facts | None) -> None:
+    """Says what cannot work before anything is written; raises ConfigError.
+
+    Args:
+      config: what to train.
+      dataset: what it is to be trained on; None, where it cannot be opened, takes it to be large.
+    """
+    steps = _MANY if dataset is None else data.steps_per_epoch(config, dataset)
     for method in config.methods():
-        build.check(config.for_method(method), data.steps_per_epoch(config, dataset))
+        build.check(config.for_method(method), steps)
+    if dataset is not None:
+        batches_runs(config, dataset)
 
 
 def open_folder(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
@@ -170,16 +189,17 @@ def train_missing(
         workdir.merge_results(folder)
 
 
-def batches_runs(config: Config, dataset: data.Data) -> bool:
+def batches_runs(config: Config, dataset: data.Data | data.Facts) -> bool:
     """Whether methods and seeds train in one program; raises ConfigError where they cannot."""
     if config.batch_runs == "no":
         return False
-    fits = isinstance(dataset, data.DeviceData) and dataset.mesh.size == 1
+    fits = not dataset.streamed and dataset.mesh.size == 1
     if config.batch_runs == "yes":
         if not fits:
             raise ConfigError(
                 "batch_runs='yes' must be auto or no, since it takes one device with the dataset in"
-                f" its memory; there are {dataset.mesh.size} device(s), storage={config.storage}"
+                f" its memory; there are {dataset.mesh.size} device(s), storage={config.storage}",
+                {"batch_runs": "auto"},
             )
         return True
     small = config.model in ("resnet8", "resnet20", "mlp")
@@ -258,8 +278,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequests) -> None:
         nonlocal asked
         asked = command_line.parse(sys.argv[1:] if argv is None else argv)
-        with stop:
-            train_grid(asked.config, asked.workdir, stop)
+        try:
+            with stop:
+                train_grid(asked.config, asked.workdir, stop)
+        except ConfigError as error:
+            raise corrections.with_command(error, "experiments.train", asked.words) from error
 
     return guarded(
         body, lambda: f"python -m experiments.train {shlex.join(asked.words) if asked else ''}"

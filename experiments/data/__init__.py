@@ -2,7 +2,15 @@
 
 from experiments.data.corrupt import CorruptExamples
 from experiments.data.errors import CorruptImageError, DataError
-from experiments.data.loading import Data, DeviceData, Shapes, StreamedData, load, steps_per_epoch
+from experiments.data.loading import (
+    Data,
+    DeviceData,
+    Facts,
+    Shapes,
+    StreamedData,
+    load,
+    steps_per_epoch,
+)
 from experiments.data.on_device import EvalBatch, Split
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "DataError",
     "DeviceData",
     "EvalBatch",
+    "Facts",
     "Shapes",
     "Split",
     "StreamedData",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from experiments import mesh as meshes
 from experiments.config import Config, ConfigError
+from experiments.corrections import Corrections
 from experiments.data import on_device, sources, streaming, transforms
 from experiments.data.corrupt import CorruptExamples
 from experiments.data.on_device import EvalBatch, Split
@@ -51,9 +52,11 @@ class Data(Shapes, Protocol):
     """What training needs of a dataset.
 
     Attributes:
+      streamed: whether its images are read and decoded batch by batch.
       corrupt: images that were left out.
     """
 
+    streamed: bool
     corrupt: CorruptExamples
 
     def train_batches(self, seed: int, first_step: int) -> Iterator[Split]:
@@ -68,6 +71,8 @@ class DeviceData:
 
     `train` holds all training images.
     """
+
+    streamed = False
 
     def __init__(
         self, dataset: on_device.Dataset, config: Config, corrupt: CorruptExamples, mesh: Mesh
@@ -133,6 +138,8 @@ class DeviceData:
 class StreamedData:
     """A dataset that is read and decoded batch by batch; see `Data`."""
 
+    streamed = True
+
     def __init__(
         self,
         train: sources.Source,
@@ -189,72 +196,148 @@ class StreamedData:
         return streaming.Workers(self._config.loader_threads, self._config.loader_processes)
 
 
+class Facts(NamedTuple):
+    """What is known of a dataset before its images are loaded; see `Data` for the attributes."""
+
+    mesh: Mesh
+    num_classes: int
+    train_examples: int
+    streamed: bool
+
+
+class _Opened(NamedTuple):
+    """A dataset that is open; `load` takes the config, counts corrupt images, and takes a mesh."""
+
+    num_classes: int
+    train_examples: int
+    streamed: bool
+    load: Callable[[Config, CorruptExamples, Mesh], DeviceData | StreamedData]
+
+
 def load(
-    config: Config, say: Callable[[str], object] = print, mesh: Mesh | None = None
+    config: Config,
+    say: Callable[[str], object] = print,
+    mesh: Mesh | None = None,
+    check: Callable[[Config, Facts | None], object] = lambda config, facts: None,
 ) -> DeviceData | StreamedData:
     """The data that a config names.
 
     Args:
       config: names dataset, folder, splits, label and storage.
-      say: called with a line of text for each image that is left out.
+      say: called with a line of text for each split, and for each image that is left out.
       mesh: where to put it; by default the mesh that the config asks for.
+      check: raises ConfigError where something else cannot work. It is called before images are
+        loaded, with None where the dataset cannot be opened.
 
     Returns:
       The data, on the devices or ready to be streamed.
 
     Raises:
-      ConfigError: the dataset or a split is not there, or a setting does not fit it.
+      ConfigError: the dataset or a split is not there, or settings do not fit it; it is one for all
+        that was found.
       DataError: a file is damaged.
     """
-    mesh = meshes.make_mesh(config) if mesh is None else mesh
-    corrupt = CorruptExamples(config.max_corrupt, say)
-    if config.dataset == "digits":
-        for name, allowed in (
-            ("storage", ("auto", "device")),
-            ("train_split", ("train",)),
-            ("test_split", ("", "test")),
-            ("label", ("label",)),
-        ):
-            if getattr(config, name) not in allowed:
-                raise ConfigError(
-                    f"{name}={getattr(config, name)!r} must be"
-                    f" {' or '.join(map(repr, allowed))} for dataset=digits, which is embedded"
-                )
-        data: DeviceData | StreamedData = _on_device(
-            *on_device.load_digits(), 10, config, corrupt, mesh
-        )
-    else:
-        data = _open(config, corrupt, mesh)
-    if config.num_classes not in (0, data.num_classes):
-        raise ConfigError(
-            f"num_classes={config.num_classes} must be {data.num_classes}, the number of classes"
-            f" of {config.dataset} ({config.label}), or 0"
-        )
-    return data
+    wrong = Corrections(config)
+    if mesh is None:
+        mesh = wrong.attempt(meshes.make_mesh)
+    opened = _open_digits(wrong) if config.dataset == "digits" else _open(wrong, say)
+    facts = None
+    if mesh is not None and opened is not None:
+        classes, examples, streamed, _ = opened
+        wrong.attempt(functools.partial(_augmentation, streamed=streamed))
+        facts = Facts(mesh, classes**2 if wrong.config.pairs else classes, examples, streamed)
+        wrong.attempt(functools.partial(_check_num_classes, num_classes=facts.num_classes))
+        wrong.attempt(functools.partial(steps_per_epoch, data=facts))
+    wrong.attempt(lambda config: check(config, facts))
+    wrong.raise_if_any()
+    assert mesh is not None
+    assert opened is not None
+    return opened.load(config, CorruptExamples(config.max_corrupt, say), mesh)
 
 
-def _open(config: Config, corrupt: CorruptExamples, mesh: Mesh) -> DeviceData | StreamedData:
+def _open_digits(wrong: Corrections) -> _Opened:
+    def check(config: Config, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(config, name) not in allowed:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} must be {' or '.join(map(repr, allowed))} for"
+                " dataset=digits, which is embedded",
+                {name: allowed[0]},
+            )
+
+    for name, allowed in (
+        ("storage", ("auto", "device")),
+        ("train_split", ("train",)),
+        ("test_split", ("", "test")),
+        ("label", ("label",)),
+    ):
+        wrong.attempt(functools.partial(check, name=name, allowed=allowed))
+    train, test = on_device.load_digits()
+    return _Opened(10, len(train[1]), False, functools.partial(_on_device, train, test, 10))
+
+
+def _open(wrong: Corrections, say: Callable[[str], object]) -> _Opened | None:
+    """Both splits of a dataset on disk; None where one of them cannot be opened."""
     train, test = (
-        sources.open_source(config.dataset, config.data_dir, split, config.label)
-        for split in (config.train_split, config.test_split)
+        wrong.attempt(
+            lambda config: sources.open_source(
+                config.dataset,
+                config.data_dir,
+                getattr(config, field),  # noqa: B023
+                config.label,
+            )
+        )
+        for field in ("train_split", "test_split")
     )
+    if train is None or test is None:
+        return None
+    for source in (train, test):
+        say(
+            f"{source.split}: {len(source):,} images, {source.num_classes:,} classes"
+            + (
+                f"; passed over: {sources.counted(others)}"
+                if (others := source.passed_over)
+                else ""
+            )
+        )
+    streamed = wrong.attempt(functools.partial(_is_streamed, train=train, test=test)) or False
+
+    def load(config: Config, corrupt: CorruptExamples, mesh: Mesh) -> DeviceData | StreamedData:
+        if streamed:
+            return StreamedData(train, test, config, corrupt, mesh)
+        images, tests = (on_device.load_split(source, corrupt) for source in (train, test))
+        return _on_device(images, tests, train.num_classes, config, corrupt, mesh)
+
+    return _Opened(train.num_classes, len(train), streamed, load)
+
+
+def _is_streamed(config: Config, train: sources.Source, test: sources.Source) -> bool:
+    """Whether the images are read batch by batch; raises ConfigError where that cannot be."""
     size = math.inf
     if None not in train.image_shape:
         size = (len(train) + len(test)) * math.prod(n for n in train.image_shape if n is not None)
     if config.storage == "device" and size == math.inf:
         raise ConfigError(
             f"storage='device' must be auto or stream, since images of {config.dataset} differ in"
-            " shape"
+            " shape",
+            {"storage": "auto"},
         )
-    if config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES):
-        if config.pool > 1 or config.pairs:
-            raise ConfigError(
-                f"pool={config.pool} and pairs={config.pairs} must be 1 and False, since"
-                f" {config.dataset} is streamed; they are for images on the device"
-            )
-        return StreamedData(train, test, config, corrupt, mesh)
-    loaded, tests = (on_device.load_split(source, corrupt) for source in (train, test))
-    return _on_device(loaded, tests, train.num_classes, config, corrupt, mesh)
+    streamed = config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES)
+    if streamed and (config.pool > 1 or config.pairs):
+        raise ConfigError(
+            f"pool={config.pool} and pairs={config.pairs} must be 1 and False, since"
+            f" {config.dataset} is streamed; they are for images on the device",
+            ({"pool": 1} if config.pool > 1 else {}) | ({"pairs": False} if config.pairs else {}),
+        )
+    return streamed
+
+
+def _check_num_classes(config: Config, num_classes: int) -> None:
+    if config.num_classes not in (0, num_classes):
+        raise ConfigError(
+            f"num_classes={config.num_classes} must be {num_classes}, the number of classes of"
+            f" {config.dataset} ({config.label}), or 0",
+            {"num_classes": num_classes},
+        )
 
 
 def _on_device(
@@ -265,6 +348,7 @@ def _on_device(
     corrupt: CorruptExamples,
     mesh: Mesh,
 ) -> DeviceData:
+    """The data of images in memory."""
     (train, classes), (test, _) = (
         transforms.transform(split, num_classes, config) for split in (train, test)
     )
@@ -282,16 +366,33 @@ def _augmentation(config: Config, streamed: bool) -> str:
         where = "streamed" if streamed else "on the device"
         raise ConfigError(
             f"augmentation={config.augmentation!r} must be auto, {', '.join(allowed[:-1])} or"
-            f" {allowed[-1]}, since {config.dataset} is {where}"
+            f" {allowed[-1]}, since {config.dataset} is {where}",
+            {"augmentation": "auto"},
         )
     return config.augmentation
 
 
-def steps_per_epoch(config: Config, data: Shapes) -> int:
+def steps_per_epoch(config: Config, data: Shapes | Facts) -> int:
     """Full batches in an epoch; raises ConfigError where there is none."""
     if config.batch_size > data.train_examples:
+        changes: dict[str, Any] = {}
+        advice = ""
+        if fitting := _fitting_batch(config, data):
+            # P. Goyal et al., arXiv 1706.02677: the learning rate goes with the batch.
+            rate = float(f"{config.learning_rate * fitting / config.batch_size:.2g}")
+            changes = {"batch_size": fitting, "learning_rate": rate}
+            advice = f"; for {fitting} a learning_rate of {rate:g} is in proportion"
         raise ConfigError(
             f"batch_size={config.batch_size} must be at most {data.train_examples}, the number of"
-            " training images"
+            f" training images{advice}",
+            changes,
         )
     return data.train_examples // config.batch_size
+
+
+def _fitting_batch(config: Config, data: Shapes | Facts) -> int:
+    """A batch size with which an epoch has some steps; 0 where devices are too many."""
+    step = math.lcm(data.mesh.size, config.bn_groups)
+    most = data.train_examples
+    power = 2 ** int(math.log2(max(most / 10, min(8, most))))
+    return max(power, step) // step * step if step <= most else 0

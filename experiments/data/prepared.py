@@ -52,7 +52,8 @@ def find_folder(name: Name, data_dir: str) -> pathlib.Path:
     if not data_dir or "://" in data_dir:
         raise ConfigError(
             f"data_dir={data_dir!r} must be a local folder, in which {name} has been prepared:"
-            f" {prepare_command(name, 'DIR')}"
+            f" {prepare_command(name, 'DIR')}",
+            stand_ins={"data_dir": "DIR"},
         )
     command = prepare_command(name, data_dir)
     root = local_folder("data_dir", data_dir)
