@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import inspect
 import logging
 import os
 import pathlib
@@ -19,19 +18,19 @@ import shlex
 import shutil
 import signal
 import sys
-import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from absl import logging as absl_logging
 
-from experiments import prepare_errors
+from experiments import prepare_errors, prepare_requirements
 from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
 from experiments.data.paths import local_folder
+from experiments.prepare_requirements import gigabytes
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -46,12 +45,6 @@ IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")
 """Datasets whose publishers' four idx files `--idx_dir` takes."""
 
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
-
-# The two files of ILSVRC 2012: what they hold, how many members, and bytes.
-_IMAGENET = {
-    "ILSVRC2012_img_train.tar": ("class tars", 1000, 147_897_477_120),
-    "ILSVRC2012_img_val.tar": ("images", 50_000, 6_744_924_160),
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +74,7 @@ def _parser() -> _Parser:
         "--manual_dir",
         metavar="DIR",
         help="folder with files that were downloaded by hand, under their own names"
-        " (default: DIR/downloads/manual)",
+        " (default: DIR/downloads/manual); with --dataset=folder that of the class folders",
     )
     parser.add_argument(
         "--idx_dir",
@@ -100,7 +93,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         hint = closest(unknown[0].split("=", 1)[0], names)
         raise ConfigError(f"{unknown[0]}: no such argument.{hint}\nArguments: {', '.join(names)}")
     if not asked.dataset:
-        raise ConfigError("--dataset is missing, e.g. --dataset=cifar10")
+        raise ConfigError(
+            "--dataset is missing, e.g. python -m experiments.prepare --dataset=cifar10"
+            f" --data_dir={asked.data_dir or 'data'}"
+        )
     return asked
 
 
@@ -112,57 +108,125 @@ def prepare(
     Args:
       dataset: its name in tensorflow-datasets, as `sources.open_source` takes it.
       data_dir: local folder of all datasets; made where there is none.
-      manual_dir: folder with files that were downloaded by hand.
+      manual_dir: folder with files that were downloaded by hand, or of class folders.
       idx_dir: folder with the idx files of a dataset of the MNIST family.
 
     Raises:
       ConfigError: the dataset is unknown, not one of images and labels, stored in another format
-        already, or something has to be installed or downloaded by hand first.
+        already, or something has to be installed or downloaded by hand first: one for all of that.
       DataError: a download failed, or a file is damaged.
     """
-    if dataset in ("digits", "folder"):
-        where = {
-            "digits": "digits comes with scikit-learn",
-            "folder": "dataset=folder reads image files where they are:"
-            " DIR/train/<class>/<image> and DIR/val/<class>/<image>",
-        }[dataset]
-        command = _train_command(dataset, "DIR", large=dataset == "folder")
-        print(f"{where}; there is nothing to prepare.\nto train: {command}")
+    if dataset == "digits" or (dataset == "folder" and not manual_dir):
+        _say_nothing_to_prepare(dataset)
         return
-    if not data_dir or "://" in data_dir:
-        raise ConfigError(f"--data_dir={data_dir or ''} must be a local folder for the dataset")
     # tensorflow-datasets takes a second to import, and what needs it comes only now.
     from experiments.data import prepared
 
-    name = prepared.parse_name(dataset)
-    if idx_dir is not None and (name.name not in IDX_DATASETS or name.config):
-        raise ConfigError(f"--idx_dir is for {', '.join(IDX_DATASETS)}, not for {dataset}")
+    wrong = []
+    if not data_dir or "://" in data_dir:
+        wrong = [f"--data_dir={data_dir or ''} must be a local folder for the dataset"]
+        data_dir, manual_dir = "DIR", manual_dir or "FILES"
     root = local_folder("--data_dir", data_dir)
     manual = local_folder("--manual_dir", manual_dir or str(root / "downloads" / "manual"))
+    try:
+        if dataset == "folder":
+            task = _own_images(root, manual)
+        else:
+            task = _of_catalogue(dataset, root, manual, idx_dir)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*wrong, str(error)])) from error
+    if not task.folder.exists():
+        wrong += task.missing
+    if len(wrong) > 1 or data_dir == "DIR":
+        command = prepared.prepare_command(dataset, data_dir, manual_dir)
+        wrong.append(f"what would work:\n  {command}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    if task.folder.exists():
+        info = _check_prepared(task.folder)
+        task.check(info)
+        print(f"{task.dataset} is already prepared.")
+    else:
+        _build(task.make_builder(), root, manual)
+        info = _check_prepared(task.folder)
+    for split in info.splits.values():
+        print(f"{split.name}: {split.num_examples:,} images")
+    for label, classes in prepared.class_labels(info.features, task.dataset).items():
+        print(f"{label}: {classes:,} classes")
+    downloads = root / "downloads" / info.name
+    if size := _size(downloads):
+        print(f"no longer needed, {gigabytes(size)}: {downloads}")
+    _, shape = prepared.image_feature(info.features, task.dataset)
+    command = _train_command(task.dataset, data_dir, None in shape)
+    print(f"folder: {task.folder}\nto train: {command}")
+
+
+class _Task(NamedTuple):
+    """What there is to do.
+
+    Attributes:
+      dataset: its name.
+      folder: where it goes.
+      missing: what has to be there first.
+      make_builder: makes what writes it.
+      check: takes the `DatasetInfo` of what is in `folder`; raises ConfigError unless it is this.
+    """
+
+    dataset: str
+    folder: pathlib.Path
+    missing: list[str]
+    make_builder: Callable[[], Any]
+    check: Callable[[Any], None] = lambda info: None
+
+
+def _of_catalogue(
+    dataset: str, root: pathlib.Path, manual: pathlib.Path, idx_dir: str | None
+) -> _Task:
+    """A dataset of tensorflow-datasets."""
+    from experiments.data import idx, prepared
+    from experiments.data.folder import PREFIX
+
+    name = prepared.parse_name(dataset)
+    if name.name.startswith(PREFIX):
+        command = prepared.prepare_command(dataset, root)
+        raise ConfigError(f"--dataset={dataset}: such names are those of class folders: {command}")
+    if idx_dir is not None and (name.name not in IDX_DATASETS or name.config):
+        raise ConfigError(f"--idx_dir is for {', '.join(IDX_DATASETS)}, not for {dataset}")
     with prepare_errors.explained(dataset, root):
         builder = _builder(name, root)
         prepared.image_feature(builder.info.features, dataset)
         prepared.class_labels(builder.info.features, dataset)
     folder = pathlib.Path(builder.data_dir)
-    if folder.exists():
-        info = _check_prepared(folder)
-        print(f"{dataset} is already prepared.")
+    if idx_dir is not None:
+        return _Task(dataset, folder, [], lambda: idx.make_builder(builder, idx_dir, root))
+
+    def checked() -> Any:
+        if builder.name == "imagenet2012":
+            prepare_requirements.check_imagenet(manual, root)
+        return builder
+
+    return _Task(dataset, folder, prepare_requirements.missing(builder, manual), checked)
+
+
+def _own_images(root: pathlib.Path, manual: pathlib.Path) -> _Task:
+    """The class folders in `manual`."""
+    from experiments.data import own_images
+
+    own = own_images.find(manual, root)
+    return _Task(own.name, own.folder, [], own.builder, own.check_prepared)
+
+
+def _say_nothing_to_prepare(dataset: str) -> None:
+    if dataset == "digits":
+        print("digits comes with scikit-learn; there is nothing to prepare.")
     else:
-        if idx_dir is not None:
-            builder = _idx_builder(builder, idx_dir, root)
-        else:
-            _check_requirements(builder, manual, root)
-        _build(builder, root, manual)
-        info = _check_prepared(folder)
-    for split in info.splits.values():
-        print(f"{split.name}: {split.num_examples:,} images")
-    for label, classes in prepared.class_labels(info.features, dataset).items():
-        print(f"{label}: {classes:,} classes")
-    downloads = root / "downloads" / name.name
-    if size := _size(downloads):
-        print(f"no longer needed, {_gigabytes(size)}: {downloads}")
-    _, shape = prepared.image_feature(info.features, dataset)
-    print(f"folder: {folder}\nto train: {_train_command(dataset, data_dir, None in shape)}")
+        print(
+            "dataset=folder reads image files where they are: DIR/train/<class>/<image> and"
+            " DIR/val/<class>/<image>; there is nothing to prepare.\nSmall images of one shape lie"
+            " on the device once they are stored as records: python -m experiments.prepare"
+            " --dataset=folder --manual_dir=DIR --data_dir=RECORDS"
+        )
+    print(f"to train: {_train_command(dataset, 'DIR', large=dataset == 'folder')}")
 
 
 def _train_command(dataset: str, data_dir: str, large: bool) -> str:
@@ -202,36 +266,6 @@ def _builder(name: Any, root: pathlib.Path) -> Any:
     return builder_class(data_dir=root, **{k: v for k, v in options.items() if v})
 
 
-def _idx_builder(builder: Any, idx_dir: str, root: pathlib.Path) -> Any:
-    """A builder of the same dataset, with its features, from idx files instead of a download."""
-    import cv2
-    import tensorflow_datasets as tfds
-
-    from experiments.data import idx
-
-    features = builder.info.features
-    height, width, _ = features["image"].shape
-    splits = idx.read_folder(idx_dir, features["label"].num_classes, (height, width))
-    registered: Any = type(builder)
-    with tfds.core.registered.skip_registration():
-
-        class FromIdx(registered):
-            name = registered.name
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                del dl_manager
-                return {split: self._generate_examples(data) for split, data in splits.items()}
-
-            def _generate_examples(self, data: idx.IdxSplit) -> Iterator[tuple[int, Any]]:
-                for key, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-                    # PNG, as tensorflow-datasets would store it, but TensorFlow would encode it.
-                    encoded = cv2.imencode(".png", image)[1].tobytes()
-                    yield key, {"image": encoded, "label": int(label)}
-
-    FromIdx.__module__ = registered.__module__
-    return FromIdx(data_dir=root, version=str(builder.version))
-
-
 def _check_prepared(folder: pathlib.Path) -> Any:
     """The `DatasetInfo`; raises ConfigError or DataError where the folder cannot be used."""
     from experiments.data import prepared, tfds_source
@@ -241,54 +275,6 @@ def _check_prepared(folder: pathlib.Path) -> Any:
     for split in info.splits.values():
         tfds_source.check_files(tfds_source.shards(split), folder)
     return info
-
-
-def _check_requirements(builder: Any, manual: pathlib.Path, root: pathlib.Path) -> None:
-    """Raises ConfigError or DataError for what can be known before a download begins."""
-    if builder.name == "imagenet2012":
-        _check_imagenet(manual, root)
-    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not (manual.is_dir() and any(manual.iterdir())):
-        instructions = inspect.cleandoc(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
-        raise ConfigError(
-            f"{builder.name} has to be downloaded by hand, into --manual_dir={manual}, where there"
-            f" is nothing; tensorflow-datasets says:\n{instructions}"
-        )
-    if not prepare_errors.has_tensorflow():
-        raise ConfigError(f"{builder.name}: {prepare_errors.NO_TENSORFLOW}")
-
-
-def _check_imagenet(manual: pathlib.Path, root: pathlib.Path) -> None:
-    """Checks ILSVRC's two tar files: that they are there, whole, and that the disk has room."""
-    paths = {name: manual / name for name in _IMAGENET}
-    if not all(path.is_file() for path in paths.values()):
-        lines = [
-            f"  {name} ({size / 2**30:.3g} GB): {'there' if paths[name].is_file() else 'missing'}"
-            for name, (_, _, size) in _IMAGENET.items()
-        ]
-        raise ConfigError(
-            f"imagenet2012 has to be downloaded by hand: register at https://image-net.org/ and put"
-            f" these two files into --manual_dir={manual}\n" + "\n".join(lines)
-        )
-    for name, path in paths.items():
-        print(f"checking {path} ...", flush=True)
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = sum(member.isfile() for member in tar)
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(
-                f"{path}: not a tar file, or truncated ({error}); the original has"
-                f" {_IMAGENET[name][2]:,} bytes, this one {path.stat().st_size:,}"
-            ) from error
-        kind, expected, _ = _IMAGENET[name]
-        if members != expected:
-            print(f"note: {path} has {members:,} {kind}; ImageNet's has {expected:,}")
-    needed = sum(path.stat().st_size for path in paths.values())
-    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DataError(
-            f"{root} has {_gigabytes(free)} free; imagenet2012 needs {_gigabytes(needed)} there"
-        )
 
 
 def _build(builder: Any, root: pathlib.Path, manual: pathlib.Path) -> None:
@@ -376,8 +362,8 @@ def _progress(name: str, downloads: pathlib.Path, folder: pathlib.Path) -> Itera
         while not done.wait(REPORT_EVERY):
             minutes = (time.monotonic() - started) / 60
             print(
-                f"{name}: {_gigabytes(_size(downloads))} downloaded,"
-                f" {_gigabytes(sum(map(_size, folder.glob('incomplete.*'))))} written,"
+                f"{name}: {gigabytes(_size(downloads))} downloaded,"
+                f" {gigabytes(sum(map(_size, folder.glob('incomplete.*'))))} written,"
                 f" {minutes:.1f} minutes",
                 flush=True,
             )
@@ -401,10 +387,6 @@ def _size(folder: pathlib.Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.path.getsize(os.path.join(path, name))
     return total
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GB"
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

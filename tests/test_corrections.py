@@ -30,7 +30,7 @@ RIGHT = ("epochs=6", "batch_size=4", "warmup_epochs=0", "update_interval=2", "me
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
+    root = tmp_path_factory.mktemp("own") / "photos"
     for split, images in (("train", 6), ("val", 2)):
         make_data.class_folders(root, split, ["ant", "bee", "cow"], images)
     return root
@@ -114,7 +114,7 @@ def test_a_batch_fits_devices_groups_and_images(photos):
     found = Corrections(config)
     assert found.attempt(lambda config: mesh.make_mesh(config).size) == 2
     assert found.config.batch_size == 30
-    found.attempt(lambda config: data.load(config, lambda text: None))
+    found.attempt(lambda config: data.load(config, lambda text: None, check=train.check))
     assert found.config.batch_size == 6  # at most 18, of 2 and 3 a multiple
     with pytest.raises(ConfigError, match=r"batch_size=7 must be a multiple of 2") as caught:
         mesh.make_mesh(dataclasses.replace(config, batch_size=7, bn_groups=1))

@@ -102,6 +102,20 @@ def test_imagenet_says_which_tars_are_missing(tmp_path, capsys, there):
     assert f"ILSVRC2012_img_val.tar (6.28 GB): {'there' if there else 'missing'}" in err
 
 
+def test_all_that_is_missing_is_said_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(prepare_errors, "has_tensorflow", lambda: False)
+    code, _, err = run(capsys, "--dataset=imagenet2012")
+    assert code == 2
+    assert err.startswith("error: --data_dir= must be a local folder")
+    assert "put these two files into --manual_dir=FILES\n" in err
+    assert "imagenet2012: preparing it needs TensorFlow" in err
+    command = "experiments.prepare --dataset=imagenet2012 --data_dir=DIR --manual_dir=FILES\n"
+    assert err.endswith(f"what would work:\n  python -m {command}")
+    code, _, err = run(capsys)
+    assert code == 2
+    assert "python -m experiments.prepare --dataset=cifar10 --data_dir=data" in err
+
+
 def test_imagenet_with_a_truncated_tar(tmp_path, capsys):
     make_data.imagenet_tars(tmp_path, classes=2, images_per_class=2, validation_images=2)
     os.truncate(tmp_path / "ILSVRC2012_img_train.tar", 5_000)

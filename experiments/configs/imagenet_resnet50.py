@@ -4,6 +4,9 @@ r"""ResNet-50 on ImageNet at 90 % sparsity, 90 epochs: RigL with SGD beside RigL
     python -m experiments.train --config=experiments/configs/imagenet_resnet50.py \
         --config.data_dir=DIR
 
+With images of your own, in DIR/train/CLASS and DIR/val/CLASS: --config.dataset=folder, with nothing
+to prepare. Where they are few, the answer names all that has to change, and a command that works.
+
 Not run yet. The paper (arXiv 2605.27541) reports 73.88 % top-1 test accuracy for the baseline and
 74.41 % for SparseOpt, and says which model, data, sparsity, topology and number of epochs. Batch
 size, learning rate, update interval, drop fraction and distribution are in no text that we have.

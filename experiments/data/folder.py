@@ -10,7 +10,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from experiments.data.sources import Example
 TRAIN = "train"
 EVALUATION = ("test", "validation", "val", "valid")
 """Splits to evaluate on, the first choice first."""
+
+PREFIX = "folder_"
+"""Begins the names of datasets made of class folders, and of no other; see `own_images`."""
 
 _ENDINGS = tuple(ending for endings in decode.FORMATS.values() for ending in endings)
 
@@ -79,8 +82,12 @@ class FolderSource:
         return os.path.join(self._folder, self.classes[self._labels[index]], name)
 
 
-def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderSource:
+def open_folder(
+    data_dir: str, split: str = "", label: str = "label", argument: str = "data_dir"
+) -> FolderSource:
     """Opens `data_dir/split`; the arguments are those of `sources.open_source`.
+
+    The folder is called `argument` in messages.
 
     Raises:
       ConfigError: there is no such folder, split or label.
@@ -90,20 +97,27 @@ def open_folder(data_dir: str, split: str = "", label: str = "label") -> FolderS
     if label != "label":
         raise ConfigError(f"label={label!r} must be 'label': class folders have one label only")
     layout = "<split>/<class>/<image>, e.g. train/cat/1.jpg and val/cat/2.jpg"
-    own: dict[str, Any] = {"stand_ins": {"data_dir": "FOLDER"}}
+    own = {"data_dir": "FOLDER"}
     if not data_dir:
-        raise ConfigError(f"data_dir is empty; dataset=folder needs a folder of {layout}", **own)
-    root = local_folder("data_dir", data_dir)
+        raise ConfigError(
+            f"{argument} is empty; dataset=folder needs a folder of {layout}", stand_ins=own
+        )
+    root = local_folder(argument, data_dir)
     if not root.is_dir():
-        raise ConfigError(f"data_dir={data_dir}: no such folder; it must hold {layout}", **own)
-    splits = _folders(root)
+        raise ConfigError(
+            f"{argument}={data_dir}: no such folder; it must hold {layout}", stand_ins=own
+        )
+    splits = folder_names(root)
     if TRAIN not in splits:
         deeper = [name for name in splits if (root / name / TRAIN).is_dir()]
+        better = [("dataset", name) for name in splits if name.startswith(PREFIX)]
+        better += [("data_dir", str(root / name)) for name in deeper]
+        hint = "".join(f" Did you mean {key}={value}?" for key, value in better[:3])
         raise ConfigError(
-            f"data_dir={data_dir} has no folder train/; it must hold {layout};"
-            f" its folders: {_listed(splits)}."
-            + (f" Did you mean data_dir={root / deeper[0]}?" if deeper else ""),
-            **({"changes": {"data_dir": str(root / deeper[0])}} if deeper else own),
+            f"{argument}={data_dir} has no folder train/; it must hold {layout}; its folders:"
+            f" {_listed(splits)}.{hint.replace('data_dir=', f'{argument}=')}",
+            dict(better) if len(better) == 1 else {},
+            {} if better else own,
         )
     split = split or _evaluation_split(root, splits)
     if split not in splits:
@@ -132,7 +146,7 @@ def _evaluation_split(root: pathlib.Path, splits: Sequence[str]) -> str:
             f"{root} has none of the folders {', '.join(EVALUATION)} to evaluate on; its folders:"
             f" {_listed(splits)}"
         )
-    labelled = [name for name in there if _folders(root / name)]
+    labelled = [name for name in there if folder_names(root / name)]
     return (labelled or there)[0]
 
 
@@ -221,7 +235,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM
 
 
-def _folders(path: pathlib.Path) -> list[str]:
+def folder_names(path: pathlib.Path) -> list[str]:
     """The names of the folders in a folder that are not hidden, sorted."""
     try:
         with os.scandir(path) as entries:

@@ -6,8 +6,10 @@ import gzip
 import pathlib
 import struct
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from experiments.config import ConfigError
@@ -113,3 +115,30 @@ def _read(path: pathlib.Path, expected: int) -> np.ndarray:
             f" {'x'.join(map(str, shape))} = {size}: it is truncated or damaged"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def make_builder(builder: Any, idx_dir: str, root: pathlib.Path) -> Any:
+    """A builder of the same dataset, with its features, from idx files instead of a download."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    height, width, _ = features["image"].shape
+    splits = read_folder(idx_dir, features["label"].num_classes, (height, width))
+    registered: Any = type(builder)
+    with tfds.core.registered.skip_registration():
+
+        class FromIdx(registered):
+            name = registered.name
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                del dl_manager
+                return {split: self._generate_examples(data) for split, data in splits.items()}
+
+            def _generate_examples(self, data: IdxSplit) -> Iterator[tuple[int, Any]]:
+                for key, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+                    # PNG, as tensorflow-datasets would store it, but TensorFlow would encode it.
+                    encoded = cv2.imencode(".png", image)[1].tobytes()
+                    yield key, {"image": encoded, "label": int(label)}
+
+    FromIdx.__module__ = registered.__module__
+    return FromIdx(data_dir=root, version=str(builder.version))

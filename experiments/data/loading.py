@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -247,7 +248,6 @@ def load(
         wrong.attempt(functools.partial(_augmentation, streamed=streamed))
         facts = Facts(mesh, classes**2 if wrong.config.pairs else classes, examples, streamed)
         wrong.attempt(functools.partial(_check_num_classes, num_classes=facts.num_classes))
-        wrong.attempt(functools.partial(steps_per_epoch, data=facts))
     wrong.attempt(lambda config: check(config, facts))
     wrong.raise_if_any()
     assert mesh is not None
@@ -316,10 +316,15 @@ def _is_streamed(config: Config, train: sources.Source, test: sources.Source) ->
     if None not in train.image_shape:
         size = (len(train) + len(test)) * math.prod(n for n in train.image_shape if n is not None)
     if config.storage == "device" and size == math.inf:
+        reason = f"images of {config.dataset} differ in shape"
+        if config.dataset == "folder":
+            reason = (
+                "class folders are streamed. Small images of one shape lie on the device once they"
+                " are stored as records: python -m experiments.prepare --dataset=folder"
+                f" --manual_dir={shlex.quote(config.data_dir)} --data_dir=RECORDS"
+            )
         raise ConfigError(
-            f"storage='device' must be auto or stream, since images of {config.dataset} differ in"
-            " shape",
-            {"storage": "auto"},
+            f"storage='device' must be auto or stream, since {reason}", {"storage": "auto"}
         )
     streamed = config.storage == "stream" or (config.storage == "auto" and size > DEVICE_BYTES)
     if streamed and (config.pool > 1 or config.pairs):

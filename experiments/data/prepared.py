@@ -14,6 +14,7 @@ from tensorflow_datasets.core.utils import version as versions
 from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
+from experiments.data.folder import PREFIX
 from experiments.data.paths import local_folder
 
 FORMAT = "array_record"
@@ -80,15 +81,12 @@ def find_folder(name: Name, data_dir: str) -> pathlib.Path:
     )
 
 
-def prepare_command(dataset: object, data_dir: object) -> str:
-    """The command that prepares a dataset."""
-    words = (
-        "python",
-        "-m",
-        "experiments.prepare",
-        f"--dataset={dataset}",
-        f"--data_dir={data_dir}",
-    )
+def prepare_command(dataset: object, data_dir: object, manual_dir: object = None) -> str:
+    """The command that prepares a dataset; FILES stands for what has to be there already."""
+    name = "folder" if str(dataset).startswith(PREFIX) else str(dataset)
+    words = ["python", "-m", "experiments.prepare", f"--dataset={name}", f"--data_dir={data_dir}"]
+    if manual_dir or name in ("folder", "imagenet2012"):
+        words.append(f"--manual_dir={manual_dir or 'FILES'}")
     return shlex.join(words)
 
 
