@@ -27,8 +27,8 @@ from experiments.record import Place, Record
 from experiments.stepping import bound_in_flight
 from experiments.stopping import StopRequests
 
-STATE_VERSION = 2
-"""The form of the states in checkpoints; 2: explored sets are packed by eighths of an axis."""
+STATE_VERSION = 3
+"""The form of the states in checkpoints; 3: one byte a weight holds mask, exploration and age."""
 
 
 class StoppedError(Exception):

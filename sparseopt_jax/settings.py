@@ -91,7 +91,7 @@ def check_function(name: str, function: Any, *arguments: str, or_none: bool = Fa
     wanted = f"a function {wanted}" + (", or None" if or_none else "")
     if not callable(function):
         hint = ""
-        if isinstance(function, jax.Array):
+        if isinstance(function, bool | np.bool_ | np.ndarray | jax.Array):
             hint = f"; optax.inject_hyperparams calls what is not named in static_args=({name!r},)"
         if isinstance(function, str):
             parameters = ", ".join(arguments)
