@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 adam = functools.partial(optax.adam, schedule)
 KERNELS = {"Dense_0": {"kernel": True, "bias": False}, "Dense_1": {"kernel": True}}
+FROZEN = {"Dense_0": {"kernel": True, "bias": False}, "Dense_1": {"kernel": False}}
 LABELS = {"Dense_0": {"kernel": "adam", "bias": "sgd"}, "Dense_1": {"kernel": "sgd"}}
 GROUPS = {"adam": optax.adam(1e-2), "sgd": optax.sgd(1e-2, 0.9)}
 
@@ -68,8 +69,8 @@ INSIDE = {
     ),
     "optax.conditionally_mask": lambda: optax.conditionally_mask(adam(), every_third),
     "optax.flatten": lambda: optax.flatten(adam()),
-    "optax.freeze": lambda: optax.chain(adam(), optax.freeze(KERNELS)),
-    "optax.selective_transform": lambda: optax.selective_transform(adam(), freeze_mask=KERNELS),
+    "optax.freeze": lambda: optax.chain(adam(), optax.freeze(FROZEN)),
+    "optax.selective_transform": lambda: optax.selective_transform(adam(), freeze_mask=FROZEN),
     "optax.apply_if_finite": lambda: optax.apply_if_finite(adam(), 3),
     "optax.inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(schedule),
     "optax.MultiSteps": lambda: optax.MultiSteps(adam(), 3).gradient_transformation(),
