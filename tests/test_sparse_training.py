@@ -361,6 +361,29 @@ def test_masks_go_only_to_an_inner_chain_that_reads_them():
     assert sorted(set(np.asarray(updates["kernel"]).ravel().tolist())) == [-1.0, 3.0]
 
 
+def test_a_transformation_as_optax_documents_them_gets_masks():
+    """With masks as a keyword of its own; given once, they are handed on again afterwards."""
+
+    def update(updates, state, params=None, *, masks, **extra):
+        del params, extra
+        return jax.tree.map(lambda u, m: jnp.where(m, -u, 7.0), updates, masks), state
+
+    needs_masks = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    for topology in (sx.Static(), RIGL):
+        for inner in (needs_masks, optax.chain(optax.clip(1.0), needs_masks)):
+            tx = make_tx(inner, topology, sx.ERK(0.5))
+            opt_state = tx.init(params)
+            updates, _ = tx.update(params, opt_state, params)
+            assert set(np.unique(updates["kernel"]).tolist()) == {-1.0}  # -u and -w
+            assert set(np.unique(updates["bias"]).tolist()) == {-1.0}
+            dense = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+            given, _ = tx.update(params, opt_state, params, masks=dense)
+            assert set(np.unique(given["bias"]).tolist()) == {7.0}
+            again, _ = tx.update(params, opt_state, params)
+            jax.tree.map(np.testing.assert_array_equal, updates, again)
+
+
 def test_sparseopt_inside_masked_corrects_what_it_sees():
     """optax.masked hides leaves; the correction of the visible kernel is the same as without."""
     params = jax.tree.map(jnp.asarray, make_params())
