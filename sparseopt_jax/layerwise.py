@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparseopt_jax.axes import (
     AxesByPath,
@@ -19,7 +22,7 @@ from sparseopt_jax.axes import (
 )
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import check_masks, path_str
-from sparseopt_jax.selection import Stacks
+from sparseopt_jax.stacks import Layout, Rows, Stacks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -28,9 +31,14 @@ PyTree: TypeAlias = Any
 # time of compilation, and one of several leaves is a copy.
 _LARGEST_STACKED = 2**18
 
+# Of the rows in which small layers lie end to end: the padding is half a row a layer.
+_WIDTH = 1024
+
+Update: TypeAlias = Callable[[Array, Any, Stacks, Stacks, Stacks, Layout], Stacks]
+
 
 def update_layerwise(
-    update_layers: Callable[[Array, Any, Stacks, Stacks, Stacks], Stacks],
+    update_layers: Update,
     key: Array,
     step: Any,
     masks: PyTree,
@@ -38,9 +46,11 @@ def update_layerwise(
     scores: PyTree,
     batch_axes: AxesByPath,
 ) -> PyTree:
-    """Apply ``update_layers`` to the leaves as stacks of layers, (layers, *shape) each.
+    """Apply ``update_layers`` to the leaves as ``Stacks`` of layers.
 
-    Small leaves with layers of one shape share a stack; a large one is a stack of its own.
+    Small leaves with layers of one shape share a stack; a large one is a stack of its own. On a
+    single CPU device, where nothing can be sharded, all small layers lie in the rows of one array,
+    which compiles faster. The masks are the same, bit for bit.
     """
     check_masks(masks, params)
     if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
@@ -62,25 +72,112 @@ def update_layerwise(
     if not leaves:
         return masks
 
-    groups = _alike(*trees, batches)
+    stacked = _stacked(*trees, batches)
 
     def update(key: Array, step: Array, trees: Any) -> list[Array]:
-        stacks = []
-        for arrays in trees:
-            layers = [to_layers(jnp.asarray(a), b) for a, b in zip(arrays, batches, strict=True)]
-            stacks.append([jnp.concatenate([layers[i] for i in group]) for group in groups])
-        found: dict[int, Array] = {}
-        for group, stack in zip(groups, update_layers(key, step, *stacks), strict=True):
-            ends = np.cumsum([layers_of(leaves[i].shape, batches[i]) for i in group])
-            found.update(zip(group, jnp.split(stack, ends[:-1]), strict=True))
-        return [
-            from_layers(found[i], leaf.shape, batch)
-            for i, (leaf, batch) in enumerate(zip(leaves, batches, strict=True))
-        ]
+        found: list[Array]
+        if jax.device_count() > 1 or not isinstance(key, jax.core.Tracer):
+            found = stacked.update(update_layers, key, step, trees)
+        else:
+            found = lax.platform_dependent(
+                key,
+                step,
+                trees,
+                cpu=partial(_in_rows(stacked, *trees).update, update_layers),
+                default=partial(stacked.update, update_layers),
+            )
+        return found
 
     return jax.tree.unflatten(
         structure, in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)
     )
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """Which leaves share an array, and how the layers lie in it.
+
+    Attributes:
+      groups: the numbers of the leaves in each array.
+      batches: the batch axes of each leaf.
+      layout: of the arrays.
+    """
+
+    groups: Sequence[Sequence[int]]
+    batches: Sequence[tuple[int, ...]]
+    layout: Layout
+
+    def update(
+        self, update_layers: Update, key: Array, step: Any, trees: Sequence[Sequence[Any]]
+    ) -> list[Array]:
+        masks, weights, scores = (self._arrange([jnp.asarray(a) for a in tree]) for tree in trees)
+        new = update_layers(key, step, masks, weights, scores, self.layout)
+        found: dict[int, Array] = {}
+        for group, rows, stack in zip(self.groups, self.layout.rows, new, strict=True):
+            if rows is None:
+                n = [layers_of(trees[0][i].shape, self.batches[i]) for i in group]
+                parts = jnp.split(stack, np.cumsum(n)[:-1])
+            else:
+                parts = rows.from_rows(stack)
+            found.update(zip(group, parts, strict=True))
+        return [
+            _to_leaf(found[i], leaf.shape, batch)
+            for i, (leaf, batch) in enumerate(zip(trees[0], self.batches, strict=True))
+        ]
+
+    def _arrange(self, arrays: list[Array]) -> Stacks:
+        layers = [to_layers(a, b) for a, b in zip(arrays, self.batches, strict=True)]
+        groups = [[layers[i] for i in group] for group in self.groups]
+        return [
+            jnp.concatenate(group) if rows is None else rows.to_rows(group)
+            for group, rows in zip(groups, self.layout.rows, strict=True)
+        ]
+
+
+def _to_leaf(layers: Array, shape: Sequence[int], batch: Sequence[int]) -> Array:
+    n, own = layers_of(shape, batch), layer_shape(shape, batch)
+    return from_layers(layers.reshape(n, *own), shape, batch)
+
+
+def _stacked(
+    masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any], batches: Sequence[Any]
+) -> _Arrangement:
+    """Leaves of one kind share a stack where they are small."""
+    groups = _alike(masks, params, scores, batches)
+    shapes = tuple(
+        (
+            sum(layers_of(masks[i].shape, batches[i]) for i in group),
+            *layer_shape(masks[group[0]].shape, batches[group[0]]),
+        )
+        for group in groups
+    )
+    return _Arrangement(groups, batches, Layout(shapes, (None,) * len(groups)))
+
+
+def _in_rows(
+    stacked: _Arrangement, masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any]
+) -> _Arrangement:
+    """Small leaves of the same dtypes share an array; layers keep the random words of stacks."""
+    words = iter(range(len(stacked.layout.sizes)))
+    of_leaf: dict[int, list[int]] = {}
+    small: dict[Any, list[int]] = {}
+    arrays: list[tuple[Sequence[int], tuple[int, ...], Rows | None]] = []
+    for group, shape in zip(stacked.groups, stacked.layout.shapes, strict=True):
+        for i in group:
+            n = layers_of(masks[i].shape, stacked.batches[i])
+            of_leaf[i] = [next(words) for _ in range(n)]
+        if masks[group[0]].size <= _LARGEST_STACKED:
+            kind = jnp.result_type(params[group[0]]), jnp.result_type(scores[group[0]])
+            small.setdefault(kind, []).extend(group)
+        else:
+            arrays.append((group, shape, None))
+    for group in small.values():
+        leaves = tuple((len(of_leaf[i]), masks[i].size // len(of_leaf[i])) for i in group)
+        rows = Rows(leaves, _WIDTH)
+        arrays.append((group, rows.shape, rows))
+    groups, shapes, in_rows = zip(*arrays, strict=True)
+    order = tuple(word for group in groups for i in group for word in of_leaf[i])
+    return _Arrangement(groups, stacked.batches, Layout(shapes, in_rows, order))
 
 
 def _alike(

@@ -29,6 +29,7 @@ from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import checked_size, is_selectable, random_masks
 from sparseopt_jax.settings import check_function
+from sparseopt_jax.stacks import Layout
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -186,7 +187,11 @@ def init_masks(
 
     def draw(key: Array) -> PyTree:
         masks = {}
-        for stack, paths in zip(random_masks(key, stacked, k), alike.values(), strict=True):
+        for stack, paths in zip(
+            random_masks(key, Layout(stacked, (None,) * len(stacked)), k),
+            alike.values(),
+            strict=True,
+        ):
             start = 0
             for path in paths:
                 end = start + len(layers[path].names)

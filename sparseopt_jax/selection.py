@@ -11,7 +11,7 @@ bits a pass would run a little faster, and compile longer: that goes with the si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 
 from sparseopt_jax.explicit import varying_as
+from sparseopt_jax.stacks import Layout, Stacks
 
 Array: TypeAlias = jax.Array
-Stacks: TypeAlias = list[Array]
 
 _BITS = 2
 _INT32_MAX = 2**31 - 1
@@ -91,10 +91,10 @@ def random_mask(key: Array, shape: tuple[int, ...], k: Any, where: Array | None 
     shape = tuple(shape)
     k = _checked_k(k, shape)
     only = None if where is None else [_checked_where(where, shape)[None]]
-    return random_masks(key, ((1, *shape),), k[None], only)[0][0]
+    return random_masks(key, Layout(((1, *shape),), (None,)), k[None], only)[0][0]
 
 
-@partial(jax.jit, static_argnames="by_magnitude")
+@partial(jax.jit, static_argnames=("by_magnitude", "layout"))
 def top_k_masks(
     scores: Stacks,
     k: Array,
@@ -102,32 +102,42 @@ def top_k_masks(
     where: Stacks | None = None,
     *,
     by_magnitude: bool = False,
+    layout: Layout | None = None,
 ) -> Stacks:
     """``top_k_mask`` of many arrays in one search.
 
     Args:
-      scores: stacks of arrays of one shape, each (n, *shape); N arrays in all.
+      scores: stacks of arrays of one shape, each (n, *shape), or as ``layout`` says; N arrays in
+        all.
       k: int32 (N,), each in the range of its array's size.
       key: as in ``top_k_mask``.
       where: bool stacks of the shapes of ``scores``, or None.
       by_magnitude: rank absolute values.
+      layout: how the arrays lie in the stacks.
 
     Returns:
       Bool stacks of the shapes of ``scores``.
     """
+    layout = layout or Layout.of(scores)
     to_bits = _magnitude_bits if by_magnitude else _ordered_bits
     unsigned = _widest(scores)
 
     def bits(scores: Stacks, where: Stacks | None) -> Stacks:
-        return _only(where, [to_bits(a).astype(unsigned) for a in scores])
+        return _only(where, [to_bits(a).astype(unsigned) for a in scores], layout)
 
-    words = None if key is None else _random_words(key, [a.shape for a in scores])
-    return _largest(bits, (scores, where), k, words)
+    words = None if key is None else layout.random_words(key)
+    return _largest(bits, (scores, where), k, words, layout)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="layout")
 def drop_and_grow(
-    key: Array, masks: Stacks, weights: Stacks, scores: Stacks, n_active: Array, n_drop: Array
+    key: Array,
+    masks: Stacks,
+    weights: Stacks,
+    scores: Stacks,
+    n_active: Array,
+    n_drop: Array,
+    layout: Layout,
 ) -> Stacks:
     """Masks in which the smallest weights have given way to the largest scores.
 
@@ -137,18 +147,18 @@ def drop_and_grow(
 
     Args:
       key: a JAX random key, for ties.
-      masks: bool stacks of arrays of one shape, each (n, *shape); N arrays in all.
+      masks: bool stacks, of N arrays in all.
       weights: floating stacks of these shapes.
       scores: likewise.
       n_active: int32 (N,), how many are True in each of ``masks``.
       n_drop: int32 (N,), how many of them are to be others.
+      layout: how the arrays lie in the stacks.
 
     Returns:
       Bool stacks of these shapes.
     """
     unsigned = _widest([*weights, *scores])
-    shapes = [m.shape for m in masks]
-    words = jnp.stack([_random_words(k, shapes) for k in jax.random.split(key)])
+    words = jnp.stack([layout.random_words(k) for k in jax.random.split(key)])
 
     def bits(masks: Stacks, weights: Stacks, scores: Stacks, growing: Array) -> Stacks:
         ranked = [
@@ -157,64 +167,66 @@ def drop_and_grow(
             )
             for w, s in zip(weights, scores, strict=True)
         ]
-        return _only([m ^ growing for m in masks], ranked)
+        return _only([m ^ growing for m in masks], ranked, layout)
 
     def stage(i: Array, masks: Stacks) -> Stacks:
         growing = i > 0
         k = jnp.where(growing, n_drop, n_active - n_drop)
-        chosen = _largest(bits, (masks, weights, scores, growing), k, words[i])
+        chosen = _largest(bits, (masks, weights, scores, growing), k, words[i], layout)
         return [c | (m & growing) for m, c in zip(masks, chosen, strict=True)]
 
     start = varying_as(masks, masks, weights, scores, n_active, n_drop, words)
     return lax.fori_loop(0, 2, stage, start)
 
 
-@partial(jax.jit, static_argnames=("shapes", "without"))
+@partial(jax.jit, static_argnames=("layout", "without"))
 def random_masks(
     key: Array,
-    shapes: tuple[tuple[int, ...], ...],
+    layout: Layout,
     k: Array,
     where: Stacks | None = None,
     *,
     without: bool = False,
 ) -> Stacks:
     """``random_mask`` of many arrays in one search; arguments as those of ``top_k_masks``."""
-    words = _random_words(key, shapes)
+    words = layout.random_words(key)
 
     def ranks(where: Stacks | None, words: Array) -> Stacks:
-        return _only(where, _shuffled_indices(words, shapes), without)
+        return _only(where, _shuffled_indices(words, layout), layout, without)
 
     words, k = _where_read((words, k))
-    threshold, _, _ = _search(ranks, (where, words), k)
+    threshold, _, _ = _search(ranks, (where, words), k, layout)
     # A rank may be 0, as what is no candidate is, or all ones, as the threshold at k = 0.
-    found = _paired(ranks(None, words), threshold, k > 0)
+    found = layout.paired(ranks(None, words), threshold, k > 0)
     chosen = [(a >= t) & is_any for a, t, is_any in found]
-    return _only(where, chosen, without)
+    return _only(where, chosen, layout, without)
 
 
-def _largest(keys: Callable[..., Stacks], of: Any, k: Array, words: Array | None) -> Stacks:
+def _largest(
+    keys: Callable[..., Stacks], of: Any, k: Array, words: Array | None, layout: Layout
+) -> Stacks:
     """Bool stacks, True at the ``k`` (N,) largest of ``keys(*of)``; never where a key is 0.
 
     ``words`` (2, N) are random, for ties; with None the lowest indices win.
     """
-    shapes = tuple(a.shape for a in jax.eval_shape(keys, *of))
     start = jnp.uint32(0) if words is None else words
     of, k, start = _where_read((of, k, start))
 
     def ranks(start: Array) -> Stacks:
         choice = _reversed_indices if words is None else _shuffled_indices
-        return choice(start, shapes)
+        return choice(start, layout)
 
     def tied(of: Any, level: Array, start: Array) -> Stacks:
-        return _only([a == t for a, t in _paired(keys(*of), level)], ranks(start))
+        equal = [a == t for a, t in layout.paired(keys(*of), level)]
+        return _only(equal, ranks(start), layout)
 
-    level, reached, above = _search(keys, of, k)
+    level, reached, above = _search(keys, of, k, layout)
     # Among equal keys at the threshold the search goes on by rank; where there is nothing to
     # choose it ends at once, and all ranks will do.
     choose = (reached > k) & (level > 0)
-    rank, _, _ = _search(tied, (of, level, start), jnp.where(choose, k - above, 0))
+    rank, _, _ = _search(tied, (of, level, start), jnp.where(choose, k - above, 0), layout)
     rank = jnp.where(choose, rank, 0)
-    found = _paired(keys(*of), jnp.maximum(level, 1), rank)
+    found = layout.paired(keys(*of), jnp.maximum(level, 1), rank)
     return [
         (a > t) | ((a == t) & (b >= r)) for (a, t, r), b in zip(found, ranks(start), strict=True)
     ]
@@ -281,12 +293,15 @@ def _checked_where(where: Any, shape: tuple[int, ...]) -> Array:
     return where
 
 
-def _only(where: Stacks | None, keys: Stacks, without: bool = False) -> Stacks:
+def _only(where: Stacks | None, keys: Stacks, layout: Layout, without: bool = False) -> Stacks:
     """Give the key 0, which is never chosen, to positions that are no candidates."""
-    if where is None:
-        return keys
     # A product, because a select would want both to be sharded alike in Explicit mesh mode.
-    return [a * (w ^ without).astype(a.dtype) for w, a in zip(where, keys, strict=True)]
+    if where is not None:
+        keys = [a * (w ^ without).astype(a.dtype) for w, a in zip(where, keys, strict=True)]
+    return [
+        a if within is None else a * within.astype(a.dtype)
+        for a, within in zip(keys, layout.within(), strict=True)
+    ]
 
 
 @jax.jit
@@ -319,31 +334,14 @@ def _ordered_bits(scores: Array) -> Array:
     return ordered if width == 64 else ordered.astype(jnp.uint32)
 
 
-def _flat_index(shape: tuple[int, ...], start: Array) -> Array:
-    """``start`` plus the row-major index within each array of a stack: nothing is flattened.
-
-    The sum begins with ``start``: where that may not be taken out of a loop, no index is either,
-    and the iotas, which are constants, need no communication where arrays are sharded.
-    """
-    index = jnp.broadcast_to(start, shape)
-    stride = 1
-    for axis in reversed(range(1, len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-        stride *= shape[axis]
-    return index
-
-
-def _reversed_indices(zero: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
+def _reversed_indices(zero: Array, layout: Layout) -> Stacks:
     """Ranks under which the lowest flat index comes first."""
-    return [jnp.uint32(math.prod(shape[1:])) - _flat_index(shape, zero) for shape in shapes]
+    return [
+        own - index for own, index in zip(layout.own_sizes(), layout.indices(zero), strict=True)
+    ]
 
 
-def _random_words(key: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
-    """Two for each array, uint32 (2, N)."""
-    return jax.random.bits(key, (2, sum(shape[0] for shape in shapes)), jnp.uint32)
-
-
-def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks:
+def _shuffled_indices(words: Array, layout: Layout) -> Stacks:
     """Distinct random ranks: a random bijection of the 32-bit integers, applied to the flat index.
 
     Adding a constant, xoring a number with its own upper half and multiplying by an odd number are
@@ -352,34 +350,23 @@ def _shuffled_indices(words: Array, shapes: Sequence[tuple[int, ...]]) -> Stacks
     finalizer of MurmurHash3. (With it alone, some pairs of positions are chosen together 0.6 %
     too often.)
     """
-    return [_shuffled(*own, shape) for shape, *own in _with_own(shapes, *words)]
+    return [
+        _shuffled(index, multiplier)
+        for index, multiplier in zip(layout.indices(words[0]), layout.own(words[1]), strict=True)
+    ]
 
 
-@partial(jax.jit, static_argnames="shape")
-def _shuffled(summand: Array, multiplier: Array, shape: tuple[int, ...]) -> Array:
-    ranks = _flat_index(shape, summand) * (multiplier | 1)
+@jax.jit
+def _shuffled(index: Array, multiplier: Array) -> Array:
+    ranks = index * (multiplier | 1)
     ranks = (ranks ^ (ranks >> 16)) * jnp.uint32(0x85EBCA6B)
     ranks = (ranks ^ (ranks >> 13)) * jnp.uint32(0xC2B2AE35)
     return ranks ^ (ranks >> 16)
 
 
-def _paired(stacks: Stacks, *numbers: Array) -> list[tuple[Array, ...]]:
-    """Each stack with its arrays' numbers, in shapes that broadcast against it."""
-    own = _with_own([a.shape for a in stacks], *numbers)
-    return [(a, *of_stack) for a, (_, *of_stack) in zip(stacks, own, strict=True)]
-
-
-def _with_own(shapes: Sequence[tuple[int, ...]], *numbers: Array) -> list[tuple[Any, ...]]:
-    """Each shape with its arrays' numbers (N,), as (n, 1, ...)."""
-    found, start = [], 0
-    for shape in shapes:
-        own = slice(start, start + shape[0])
-        start += shape[0]
-        found.append((shape, *(n[own].reshape(-1, *[1] * (len(shape) - 1)) for n in numbers)))
-    return found
-
-
-def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Array, Array]:
+def _search(
+    keys: Callable[..., Stacks], of: Any, k: Array, layout: Layout
+) -> tuple[Array, Array, Array]:
     """A threshold for each array, how many of its keys reach it, and how many exceed it, all (N,).
 
     The keys are ``keys(*of)``.
@@ -387,14 +374,12 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
     ``k`` keys reach it, or more than ``k`` where the k-th largest key, which the threshold then is,
     occurs several times; only then the third number is of use. At ``k = 0`` no key reaches it.
     """
-    arrays = jax.eval_shape(keys, *of)
-    unsigned = arrays[0].dtype
-    sizes = [math.prod(a.shape[1:]) for a in arrays for _ in range(a.shape[0])]
+    unsigned = jax.eval_shape(keys, *of)[0].dtype
 
     def narrow(state: Any) -> Any:
         threshold, reached, above, shift = state
         own, start, place = _where_read((of, threshold, shift))
-        found = _counts(keys(*own), start, place.astype(unsigned))
+        found = _counts(keys(*own), start, place.astype(unsigned), layout)
         digit = jnp.zeros(k.shape, unsigned)
         # Counts fall with the digit: the last that is enough, and the first that is not.
         for count in found:
@@ -410,7 +395,7 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
 
     start = (
         jnp.zeros(k.shape, unsigned),
-        jnp.array(sizes, jnp.int32),
+        jnp.array(layout.sizes, jnp.int32),
         jnp.zeros(k.shape, jnp.int32),
         jnp.int32(unsigned.itemsize * 8 - _BITS),
     )
@@ -419,14 +404,14 @@ def _search(keys: Callable[..., Stacks], of: Any, k: Array) -> tuple[Array, Arra
     return jnp.where(k > 0, threshold, ~unsigned.type(0)), reached, above
 
 
-def _counts(stacks: Stacks, thresholds: Array, shift: Array) -> list[Array]:
+def _counts(stacks: Stacks, thresholds: Array, shift: Array, layout: Layout) -> list[Array]:
     """How many numbers of each array reach its threshold (N,) with 1, 2, ... added at a place.
 
     Returns:
       int32 (N,) for each digit that may be added.
     """
-    found = [_count_digits(a, t, shift) for a, t in _paired(stacks, thresholds)]
-    return [jnp.concatenate(of_digit) for of_digit in zip(*found, strict=True)]
+    found = [_count_digits(a, t, shift) for a, t in layout.paired(stacks, thresholds)]
+    return [layout.total(of_digit) for of_digit in zip(*found, strict=True)]
 
 
 @jax.jit
@@ -437,7 +422,7 @@ def _count_digits(a: Array, t: Array, shift: Array) -> list[Array]:
 
 @jax.jit
 def counts(*conditions: Array) -> list[Array]:
-    """How many elements of each array are True: int32 (n,), for bool stacks (n, *shape)."""
+    """How many elements of each row are True: int32 (n,), for bool stacks (n, *shape)."""
     axes = tuple(range(1, conditions[0].ndim))
 
     def one_by_one(*conditions: Array) -> list[Array]:

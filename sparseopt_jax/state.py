@@ -295,18 +295,11 @@ def settled_masks(state: SparseTrainingState) -> PyTree:
 
 def mask_shapes(state: SparseTrainingState) -> PyTree:
     """Shapes in place of the masks of a state."""
-
-    def shape(activity: Any) -> Any:
-        if is_hidden(activity):
-            return activity
-        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
-            (*state.step.shape, *activity.shape)
-            if isinstance(activity, NeverSparse)
-            else activity.shape,
-            jnp.bool_,
-        )
-
-    return jax.tree.map(shape, state.activity, is_leaf=is_stand_in)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),  # type: ignore[no-untyped-call]
+        state._replace(inner_state=(), accumulator=()),
+    )
+    return _read(shapes, bits.is_active)
 
 
 def at_leaf(values: Array, i: int, leaf: Array) -> Array:
@@ -330,12 +323,21 @@ def recount(count: Array, mask: Array) -> Array:
 
 
 def _read(state: SparseTrainingState, of: Callable[[Array], Array]) -> PyTree:
-    """``of`` the bytes, True everywhere for leaves that are never sparse."""
+    """``of`` the bytes, True everywhere for leaves that are never sparse; of shapes, shapes."""
+    abstract = isinstance(state.step, jax.ShapeDtypeStruct)
 
     def read(activity: Any) -> Any:
+        if is_hidden(activity):
+            return activity
+        shape = activity.shape
         if isinstance(activity, NeverSparse):
-            return jnp.ones((*state.step.shape, *activity.shape), jnp.bool_)
-        return activity if is_hidden(activity) else of(activity)
+            shape = (*state.step.shape, *shape)
+        elif not abstract:
+            return of(activity)
+        if not abstract:
+            return jnp.ones(shape, jnp.bool_)
+        sharding = getattr(activity, "sharding", state.step.sharding)  # or replicated, as a scalar
+        return jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)  # type: ignore[no-untyped-call]
 
     return jax.tree.map(read, state.activity, is_leaf=is_stand_in)
 

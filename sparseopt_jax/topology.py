@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.layerwise import update_layerwise
-from sparseopt_jax.selection import Stacks, counts, drop_and_grow, random_masks, top_k_masks
+from sparseopt_jax.selection import counts, drop_and_grow, random_masks, top_k_masks
 from sparseopt_jax.settings import as_bool, as_int, as_number, keep
+from sparseopt_jax.stacks import Layout, Stacks
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -184,7 +185,7 @@ class _Scheduled:
         return self.is_update_step(step)
 
     def _numbers(
-        self, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+        self, step: Any, masks: Stacks, weights: Stacks, scores: Stacks, layout: Layout
     ) -> tuple[Array, Array]:
         """How many weights of each layer are active, and how many of them to drop, both (N,).
 
@@ -196,19 +197,23 @@ class _Scheduled:
             counts(m, ~(jnp.isfinite(w) & jnp.isfinite(s)), s != 0)
             for m, w, s in zip(masks, weights, scores, strict=True)
         ]
-        n_active, n_not_finite, n_scored = (
-            jnp.concatenate(kind) for kind in zip(*found, strict=True)
-        )
+        n_active, n_not_finite, n_scored = (layout.total(kind) for kind in zip(*found, strict=True))
         n_drop = _millionths_of(self._drop_millionths(step), n_active)
         return n_active, jnp.where((n_not_finite > 0) | (n_scored == 0), 0, n_drop)
 
     def _drop_smallest(
-        self, key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+        self,
+        key: Array,
+        step: Any,
+        masks: Stacks,
+        weights: Stacks,
+        scores: Stacks,
+        layout: Layout,
     ) -> tuple[Stacks, Array]:
         """Which of the weights in ``masks`` stay, and how many of each layer (N,) do not."""
-        n_active, n_drop = self._numbers(step, masks, weights, scores)
-        kept = top_k_masks(weights, n_active - n_drop, key, masks, by_magnitude=True)
-        return kept, n_drop
+        n_active, n_drop = self._numbers(step, masks, weights, scores, layout)
+        k = n_active - n_drop
+        return top_k_masks(weights, k, key, masks, by_magnitude=True, layout=layout), n_drop
 
 
 @dataclass(frozen=True)
@@ -268,21 +273,26 @@ class SET(_Scheduled):
         """One update; see ``RigL.update``. ``scores`` only tell which layers stay."""
 
         def update_layers(
-            key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+            key: Array,
+            step: Any,
+            masks: Stacks,
+            weights: Stacks,
+            scores: Stacks,
+            layout: Layout,
         ) -> Stacks:
             drop_key, grow_key = jax.random.split(key)
             if self.drop_by == "magnitude":
-                kept, n_drop = self._drop_smallest(drop_key, step, masks, weights, scores)
+                kept, n_drop = self._drop_smallest(drop_key, step, masks, weights, scores, layout)
             else:
                 keys = jax.random.split(drop_key)
                 pairs = list(zip(masks, weights, strict=True))
                 positive = [m & (w > 0) for m, w in pairs]
                 negative = [m & (w < 0) for m, w in pairs]
                 kept_positive, n_positive = self._drop_smallest(
-                    keys[0], step, positive, weights, scores
+                    keys[0], step, positive, weights, scores, layout
                 )
                 kept_negative, n_negative = self._drop_smallest(
-                    keys[1], step, negative, weights, scores
+                    keys[1], step, negative, weights, scores, layout
                 )
                 # What compares as neither, subnormal numbers on some backends included, stays.
                 dropped = [
@@ -293,7 +303,8 @@ class SET(_Scheduled):
                 ]
                 kept = [m & ~d for m, d in zip(masks, dropped, strict=True)]
                 n_drop = n_positive + n_negative
-            return _grown(kept, random_masks(grow_key, _shapes(kept), n_drop, kept, without=True))
+            grown = random_masks(grow_key, layout, n_drop, kept, without=True)
+            return [k | g for k, g in zip(kept, grown, strict=True)]
 
         return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
@@ -394,10 +405,15 @@ class RigL(_Scheduled):
         """
 
         def update_layers(
-            key: Array, step: Any, masks: Stacks, weights: Stacks, scores: Stacks
+            key: Array,
+            step: Any,
+            masks: Stacks,
+            weights: Stacks,
+            scores: Stacks,
+            layout: Layout,
         ) -> Stacks:
-            numbers = self._numbers(step, masks, weights, scores)
-            return drop_and_grow(key, masks, weights, scores, *numbers)
+            numbers = self._numbers(step, masks, weights, scores, layout)
+            return drop_and_grow(key, masks, weights, scores, *numbers, layout)
 
         return update_layerwise(update_layers, key, step, masks, params, scores, batch_axes)
 
@@ -410,14 +426,6 @@ def _millionths_of(millionths: Array, n: Array) -> Array:
     quotient, remainder = n // _MILLION, n % _MILLION
     high, low = millionths * (remainder // 1000), millionths * (remainder % 1000)
     return millionths * quotient + high // 1000 + (high % 1000 * 1000 + low) // _MILLION
-
-
-def _shapes(stacks: Stacks) -> tuple[tuple[int, ...], ...]:
-    return tuple(stack.shape for stack in stacks)
-
-
-def _grown(kept: Stacks, grown: Stacks) -> Stacks:
-    return [k | g for k, g in zip(kept, grown, strict=True)]
 
 
 def _as_steps(name: str, value: Any, at_least: int) -> int:

@@ -140,7 +140,7 @@ UPDATES = {
     (cls, options): jax.jit(at_start(cls, **dict(options)).update)
     for cls, options in ((sx.RigL, ()), (sx.SET, ()), (sx.SET, (("drop_by", "sign"),)))
 }
-TIES = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+TIES = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
 
 
 def update(cls, masks, params, scores, key=KEY):
@@ -164,7 +164,7 @@ def test_jit_equals_eager_and_the_same_key_gives_the_same_masks(cls):
 
 @pytest.mark.parametrize("cls", [sx.SET, sx.RigL])
 def test_vmap_over_keys_gives_different_masks(cls):
-    """RigL's differ where gradients tie: here they are all zero."""
+    """RigL's differ where gradients tie: here they are all 1."""
     trees = [{n: tree[n] for n in ("dense", "bias")} for tree in (*inputs()[:2], TIES)]
     keys = jax.random.split(KEY, 4)
     got = jax.jit(jax.vmap(lambda key: at_start(cls).update(key, 0, *trees)))(keys)

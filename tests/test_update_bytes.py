@@ -88,7 +88,7 @@ def test_between_updates_rigl_moves_what_static_masks_do():
 
 
 def test_the_state_of_resnet50():
-    """Bytes of the update: at most 1.075 of the dense one's; arrays: a byte and a count a kernel."""
+    """The update moves at most 1.075 of the dense bytes; arrays: a byte and a count a kernel."""
     params = measuring.resnet50_params()
     dense, sparse = (
         update_bytes.compile_update(topology, params).cost_analysis()["bytes accessed"]
