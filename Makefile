@@ -16,8 +16,8 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
 # What tests the library alone, by what it imports: see tests/conftest.py.
 OF_LIBRARY := --library tests sparseopt_jax
 NEWEST  = $(shell $(PYTHON) .ci/newest_python.py)
-# What `make bench` appends its results to.
-BENCH  ?= bench.jsonl
+# Where `make bench` keeps its results until all are there: the tree stays that of a commit.
+BENCH  := bench.jsonl
 
 .PHONY: demo test test-library test-fast test-newest lint bench format clean
 
@@ -55,6 +55,8 @@ bench: $(CHECK)
 	$(BIN)/python -m experiments.benchmarks.memory --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.host --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.input_pipeline --json=$(BENCH)
+	cat $(BENCH) >> experiments/results/benchmarks.jsonl && rm $(BENCH)
+	$(BIN)/python -m experiments.benchmarks.page
 
 format: $(CHECK)
 	$(BIN)/ruff check --fix .
