@@ -114,8 +114,10 @@ def summarize_sweep(folder: str | os.PathLike[str]) -> dict[str, Any]:
       folder: that of a sweep.
 
     Returns:
-      `name`; `settings`: by setting what `summarize` returns of it; `unfinished`: by setting how
-      many runs are `finished`, `diverged` and `expected` (None where there is no config yet);
+      `name`; `task`: models and datasets, in words; `settings`: by setting what `summarize` returns
+      of it; `cut_to`: by setting the steps that it took, where those cut it short; `unfinished`: by
+      setting how many runs are `finished`, `diverged` and `expected` (None where there is no config
+      yet);
       `diverged`: by setting `method`, `seed` and `message` of runs that did; `environment`: by each
       entry of the runs' environments all its distinct values.
 
@@ -133,7 +135,11 @@ def _summarize_settings(
     lost = {name: finished_runs.diverged(folder / name) for name in progress}
     return {
         "name": finished_runs.sweep_name(folder),
+        "task": finished_runs.task(run for runs in sweep.values() for run in runs),
         "settings": {name: summarize(runs) for name, runs in sweep.items()},
+        "cut_to": {
+            name: steps for name, runs in sweep.items() if (steps := finished_runs.cut_to(runs))
+        },
         "unfinished": {
             name: dataclasses.asdict(one) for name, one in progress.items() if not one.complete()
         },
@@ -202,7 +208,8 @@ def report_sweep(folder: str | os.PathLike[str], names: Sequence[str] | None = N
     summary = _summarize_settings(path, chosen, sweep)
     written = path / "summary.json"
     write_json(written, summary)
-    paths = [written, *write_sweep_pictures(sweep, summary["name"], path)]
+    title = f"{summary['task']} (settings of {summary['name']})"
+    paths = [written, *write_sweep_pictures(sweep, title, path)]
     return sweep_tables(summary) + "\n\n" + "\n".join(map(str, paths))
 
 

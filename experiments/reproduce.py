@@ -14,9 +14,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import matplotlib.figure
+from typing import TYPE_CHECKING, Any
 
 from experiments import distributed, metrics, report, sweep, train, workdir
 from experiments.divergence import DivergedError
@@ -26,6 +24,10 @@ from experiments.paper.side_by_side import QUANTITIES, Row
 from experiments.reporting import finished_runs, plots, tables
 from experiments.run import StoppedError
 from experiments.stopping import StopRequests
+from experiments.terminal import tolerant_output
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 
 def reproduce(asked: Request, stop: StopRequests) -> None:
@@ -229,7 +231,8 @@ def _show(asked: Request, stopped: bool = False) -> str:
 def _figure(asked: Request, record: Mapping[str, Any]) -> matplotlib.figure.Figure | None:
     reproduction = asked.reproduction
     same, ours = side_by_side.task_of(reproduction, asked.settings)
-    title, quantity = f"{reproduction.name}: {ours}", QUANTITIES[reproduction.shows]
+    title = f"{ours} (settings of {reproduction.name})"
+    quantity = QUANTITIES[reproduction.shows]
     if reproduction.shows == "sharpness":
         return figures.sharpness(record["curves"], title) if record["curves"] else None
     if reproduction.shows == "factors":
@@ -267,6 +270,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, in processes that have found each other; returns its exit code.
 

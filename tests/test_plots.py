@@ -3,6 +3,7 @@
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.reporting import plots
 from experiments.reporting.plots import Curve, Point
@@ -141,6 +142,61 @@ def test_methods_of_equal_flops_are_side_by_side():
     xs = [c.lines[0].get_xdata()[0] for c in figure.axes[0].containers]
     assert 9.5 < xs[0] < 10 < xs[1] < 10.5
     assert xs[0] * xs[1] == pytest.approx(100)
+
+
+def colours_in(figure, panel):
+    """The colours that cover at least 30 pixels of a panel, as it is drawn."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    left, bottom, right, top = panel.get_window_extent().extents.astype(int)
+    pixels = pixels[len(pixels) - top : len(pixels) - bottom, left:right].reshape(-1, 3).astype(int)
+    names = {}
+    for name, colour in plots.COLOURS.items():
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        names[name] = int((abs(pixels - wanted).max(-1) < 12).sum())
+    return {name for name, count in names.items() if count >= 30}
+
+
+STYLED = {
+    "sgd": "vermilion", "sparseopt": "blue", "ham": "orange", "sparseopt_ham": "green",
+    "dense": "black",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("points", [1, 3, 40])
+def test_equal_curves_are_all_to_be_seen(points):
+    x = np.arange(1.0, points + 1)
+    curve = Curve(x, (90 - 40 / x)[None])
+    pair = plots.curves({"": {"sgd": curve, "sparseopt": curve}}, "accuracy", top=100)
+    assert colours_in(pair, pair.axes[0]) == {"vermilion", "blue"}
+    if points > 1:
+        everything = plots.curves({"": dict.fromkeys(STYLED, curve)}, "loss", log=True)
+        assert colours_in(everything, everything.axes[0]) >= set(STYLED.values())
+
+
+def test_equal_fan_ins_and_ends_are_all_to_be_seen():
+    fan_in = {"head/kernel": np.array([[2, 2, 3, 5]])}
+    after = {"sgd": fan_in, "sparseopt": fan_in, "ham": fan_in}
+    figure = plots.fan_in(fan_in, after, {"head/kernel": 9}, "static masks")
+    assert colours_in(figure, figure.axes[0]) >= {"vermilion", "blue", "orange"}
+    line = [[Point(10.0, np.array([70.0]), "0.9"), Point(20.0, np.array([70.0]), "0.9")]]
+    figure = plots.flops({"RigL": {"sgd": line, "sparseopt": line}}, "accuracy")
+    assert colours_in(figure, figure.axes[0]) >= {"vermilion", "blue"}
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("epoch", [1.0, 100.0, 0.25])
+def test_a_curve_of_one_point_has_an_axis_that_says_something(epoch, log):
+    """From 0, or half, to beyond the point."""
+    point = Curve(np.array([epoch]), np.array([[1.0]]))
+    figure = plots.curves({"": {"sgd": point, "sparseopt": point}}, "loss", log=log)
+    left, right = figure.axes[0].get_xlim()
+    assert left == 0
+    assert epoch < right <= 1.5 * epoch
+    bottom, top = figure.axes[0].get_ylim()
+    assert 0.4 < bottom < 0.7
+    assert 1.4 < top < 2
 
 
 def test_fan_in_counts_neurons_in_percent():

@@ -290,6 +290,46 @@ def test_dense_runs_are_beside_every_sparsity_in_the_picture_of_flops(sweep, dra
     assert sizes == [1, 1, 1, 1, 1, 2, 2]
 
 
+def test_a_model_s_dense_runs_are_in_its_own_panels_alone(tmp_path, drawn):
+    both = {"dense": (0.9,), "sgd": (0.8,)}
+    for name, changes in {
+        "small": {}, "wide": {"width": 2}, "mlp": {"model": "mlp"}, "rigl": {"topology": "rigl"}
+    }.items():  # fmt: skip
+        write_setting(tmp_path, name, both, compare=["dense", "sgd"], seeds=1, **changes)
+    wide = tmp_path / "wide/runs/dense-seed0/result.json"
+    wide.write_text(json.dumps(json.loads(wide.read_text()) | {"test_accuracy": 0.7}))
+    text = report.report_sweep(tmp_path)
+    panels = {axes.get_title(): axes for axes in drawn["flops.png"].axes}
+    assert set(panels) == {"resnet8, SET", "resnet8, width=2, SET", "mlp, SET", "resnet8, RigL"}
+    for title, axes in panels.items():
+        dense, sgd = (box.lines[0].get_ydata().tolist() for box in axes.containers)
+        assert (dense, sgd) == ([70.0] if "width" in title else [90.0], [80.0])
+    assert ", mlp, resnet8 on digits: 4 settings" in text
+
+
+def test_titles_name_what_was_trained(tmp_path, drawn):
+    """Whatever the sweep is called, and however long it was to be."""
+    (tmp_path / "flowers").mkdir()
+    for name, changes in {
+        "rigl-0.9-100epochs": {"dataset": "fashion_mnist", "epochs": 100},
+        "own": {"dataset": "folder", "data_dir": str(tmp_path / "flowers")},
+    }.items():
+        write_setting(tmp_path, name, {"sgd": (0.5,)}, **changes)
+        path = tmp_path / name / "runs/sgd-seed0/result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 4.0}))
+    names = ["rigl-0.9-100epochs", "own"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "cifar100-table", "settings": names}))
+    text = report.report_sweep(tmp_path)
+    for name, figure in drawn.items():
+        title = figure.get_suptitle().replace("\n", " ")
+        expected = "resnet8 on fashion_mnist, folder flowers (settings of cifar100-table)"
+        assert title == expected, name
+    titles = [axes.get_title() for axes in drawn["curves.png"].axes]
+    # 40 steps, which are 4 epochs.
+    assert titles == ["rigl-0.9-100epochs, cut to 40 steps (n = 1)", "own (n = 1)"]
+    assert "\ncut to 40 steps: rigl-0.9-100epochs\n" in text
+
+
 def test_settings_on_different_data_have_panels_of_their_own(tmp_path, drawn):
     write_setting(tmp_path, "one", {"sgd": (0.5,)})
     write_setting(tmp_path, "two", {"sgd": (0.4,)}, pairs=True)

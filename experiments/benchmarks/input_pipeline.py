@@ -34,6 +34,8 @@ from experiments import mesh as meshes
 from experiments.benchmarks import measuring
 from experiments.config import Config
 from experiments.data import on_device, sources, streaming
+from experiments.reporting import plots
+from experiments.reporting.drawing import drawn, library
 
 HEIGHT, WIDTH, BYTES = 375, 500, 110_000
 BATCH, SIZE = 64, 224
@@ -193,12 +195,10 @@ def on_the_device(repeats: int, examples: int = 50_000) -> dict[str, float]:
     }
 
 
+@drawn
 def draw(rates: dict[str, float], path: pathlib.Path) -> None:
     """Images a second against workers, with tf.data's as lines."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = library().figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for kind, marker in (("threads", "o"), ("processes", "s")):
         points = sorted(
@@ -209,10 +209,10 @@ def draw(rates: dict[str, float], path: pathlib.Path) -> None:
         if name in rates:
             axes.axhline(rates[name], color="black", linestyle=style, label=name)
     axes.set(xlabel="workers", ylabel="images / s", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(library().ticker.MaxNLocator(integer=True))
     axes.set_title(f"{WIDTH}x{HEIGHT} JPEGs to {SIZE}x{SIZE}, {os.cpu_count()} cores")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,24 +10,27 @@ import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.axes
-import matplotlib.figure
-import matplotlib.lines
-import matplotlib.ticker
 import numpy as np
 
 from experiments.paper import reported
-from experiments.paper.side_by_side import label
+from experiments.paper.side_by_side import label, our_length
 from experiments.reporting import plots
+from experiments.reporting.drawing import Layer, Style, drawn, layers, library
 from experiments.reporting.seed_statistics import half_width
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+    import matplotlib.lines
 
 Row = Mapping[str, Any]
 
 _PAPER = "the paper's"
 
 
+@drawn
 def budgets(
     rows: Sequence[Row], quantity: str, title: str, same_task: bool
 ) -> matplotlib.figure.Figure:
@@ -46,6 +49,7 @@ def budgets(
         dict.fromkeys((r["topology"], r["sparsity"]) for r in rows if r["method"] != "dense")
     ) or [(rows[0]["topology"], rows[0]["sparsity"])]
     styles = _styles(rows)
+    lies = layers(styles)
     shown = [
         side
         for side in ("ours", "paper")
@@ -66,17 +70,18 @@ def budgets(
             for i, (name, style) in enumerate(styles.items()):
                 # Side by side, or error bars would lie on one another.
                 shift = 1.012 ** (i - (len(styles) - 1) / 2)
-                _line(axes, [row for row in of_panel if _arm(row) == name], side, style, shift)
+                of_arm = [row for row in of_panel if _arm(row) == name]
+                _line(axes, of_arm, side, style, lies[name], shift)
         for row, axes in enumerate(line[column] for line in grid):
             whose = f"{_PAPER}: " if row else "ours: " if apart else ""
             name = label(dict(of_panel[-1], variant="", method="sparse")).removesuffix(" sparse")
             axes.set_title(f"{whose}{name}", fontsize=9)
             sides = [shown[row]] if apart else shown
-            _epoch_axis(axes, [r["epochs"] for r in of_panel if any(r[side] for side in sides)])
+            _epoch_axis(axes, [r for r in of_panel if any(r[side] for side in sides)], sides)
             axes.set_xlabel("epochs of training")
     for line in grid:
         line[0].set_ylabel(quantity)
-    handles = [_handle(name, style) for name, style in styles.items()]
+    handles = [_handle(name, style, lies[name].width) for name, style in styles.items()]
     note = "mean ± 1 standard deviation over seeds"
     if "paper" in shown:
         note += "; hollow: the paper's numbers" + (", of another task" if apart else "")
@@ -87,7 +92,7 @@ def _arm(row: Row) -> str:
     return " ".join(filter(None, (row["variant"], row["method"])))
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, plots.Style]:
+def _styles(rows: Sequence[Row]) -> dict[str, Style]:
     """A style for each variant and method: the method's own for the first variant."""
     arms = {_arm(row): row for row in rows}
     first = {row["method"] for row in rows if row["variant"] == rows[0]["variant"]}
@@ -101,7 +106,12 @@ def _styles(rows: Sequence[Row]) -> dict[str, plots.Style]:
 
 
 def _line(
-    axes: matplotlib.axes.Axes, rows: Sequence[Row], side: str, style: plots.Style, shift: float
+    axes: matplotlib.axes.Axes,
+    rows: Sequence[Row],
+    side: str,
+    style: Style,
+    layer: Layer,
+    shift: float,
 ) -> None:
     found = sorted((row["epochs"], row[side]["mean"], row[side]["std"] or 0.0)
                    for row in rows if row[side] is not None)  # fmt: skip
@@ -111,24 +121,29 @@ def _line(
     hollow = side == "paper"
     axes.errorbar(
         shift * epochs, means, spreads, color=style[0], linestyle=style[1], marker="o",
-        markersize=5, capsize=3, linewidth=1.3, markerfacecolor="white" if hollow else style[0],
+        markersize=layer.marker, capsize=3, linewidth=layer.width, elinewidth=1.3,
+        zorder=layer.zorder, markerfacecolor="white" if hollow else style[0],
         alpha=0.75 if hollow else 1.0,
     )  # fmt: skip
 
 
-def _epoch_axis(axes: matplotlib.axes.Axes, epochs: Sequence[int]) -> None:
+def _epoch_axis(axes: matplotlib.axes.Axes, rows: Sequence[Row], sides: Sequence[str]) -> None:
     """Ticks where there are numbers; a logarithmic scale, since lengths double."""
     axes.grid(alpha=0.3)
-    if not epochs:
+    if not rows:
         return
-    ticks = sorted(set(epochs))
+    names = {row["epochs"]: str(row["epochs"]) for row in rows}
+    if "ours" in sides:
+        cut = {row["epochs"]: row["cut_to"] for row in rows if row["cut_to"] is not None}
+        names |= {epochs: f"{epochs}, cut to\n{steps} steps" for epochs, steps in cut.items()}
+    ticks = sorted(names)
     axes.set_xscale("log")
     axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
-    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.0f}"))
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xticks(ticks, [names[epochs] for epochs in ticks])
+    axes.xaxis.set_minor_locator(library().ticker.NullLocator())
 
 
+@drawn
 def bars(
     rows: Sequence[Row], quantity: str, title: str, published: reported.Table | None
 ) -> matplotlib.figure.Figure:
@@ -143,8 +158,8 @@ def bars(
     Returns:
       The figure.
     """
-    lengths = sorted({row["epochs"] for row in rows if row["ours"] is not None})
-    lengths = lengths or sorted({row["epochs"] for row in rows})
+    lengths = {row["epochs"]: our_length(row) for row in rows if row["ours"] is not None}
+    lengths = dict(sorted((lengths or {row["epochs"]: our_length(row) for row in rows}).items()))
     sparsities, styles = sorted({row["sparsity"] for row in rows}), _styles(rows)
     papers = [row["paper"] for row in rows if row["paper"] is not None]
     sides = ("ours", "paper") if papers else ("ours",)
@@ -169,20 +184,21 @@ def bars(
                     )  # fmt: skip
         axes.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities])
         axes.set_xlabel("sparsity")
-        axes.set_title(f"ours after {epochs} epoch{'s' if epochs > 1 else ''}", fontsize=9)
+        axes.set_title(f"ours after {lengths[epochs]}", fontsize=9)
         axes.grid(axis="y", alpha=0.3)
     grid[0][0].set_ylabel(quantity)
     handles = [_handle(name, (style[0], "-"), width=6) for name, style in styles.items()]
     note = "ours: mean ± 1 standard deviation over seeds"
     if papers and published is not None:
-        lengths_there = "/".join(map(str, published.epochs))
+        there = "/".join(map(str, published.epochs))
         note += f"; hatched: {_PAPER}, {published.model} on {published.dataset} after"
-        note += f" {lengths_there} epochs" + (
+        note += f" {there} epochs" + (
             ", off a figure" if any(cell["approximate"] for cell in papers) else ""
         )
     return _finish(figure, title, handles, note)
 
 
+@drawn
 def sharpness(curves: Sequence[Row], title: str) -> matplotlib.figure.Figure:
     """The Hessian's top eigenvalue against epochs, beside 2 / learning rate; a panel a setting.
 
@@ -195,6 +211,7 @@ def sharpness(curves: Sequence[Row], title: str) -> matplotlib.figure.Figure:
     """
     settings = list(dict.fromkeys(row["setting"] for row in curves))
     styles = plots.styles(list(dict.fromkeys(row["method"] for row in curves)))
+    lies = layers(styles)
     figure, grid = _panels(1, len(settings), width=5.2, height=3.8)
     for axes, setting in zip(grid[0], settings, strict=True):
         of_setting = [row for row in curves if row["setting"] == setting]
@@ -206,7 +223,11 @@ def sharpness(curves: Sequence[Row], title: str) -> matplotlib.figure.Figure:
             epochs = np.array([row["epoch"] for row in rows])
             means = np.array([row["ours"]["mean"] for row in rows])
             spread = np.array([row["ours"]["std"] or 0.0 for row in rows])
-            axes.plot(epochs, means, color=color, linestyle=line, marker="o", markersize=3)
+            axes.plot(
+                epochs, means, color=color, linestyle=line, marker="o",
+                linewidth=lies[method].width, markersize=lies[method].marker,
+                zorder=lies[method].zorder,
+            )  # fmt: skip
             axes.fill_between(epochs, means - spread, means + spread, color=color, alpha=0.18, lw=0)
             highest = max([highest, *(means + spread)])
         limits = dict(sorted((row["epoch"], row["two_over_rate"]) for row in of_setting))
@@ -214,15 +235,17 @@ def sharpness(curves: Sequence[Row], title: str) -> matplotlib.figure.Figure:
         # The learning rate falls to 0, so its curve leaves any axis at the end.
         axes.set_ylim(0, 1.1 * max(highest, min(limits.values())))
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(library().ticker.MaxNLocator(integer=True))
+        plots.from_zero(axes, [np.array(list(limits))])
         axes.set_title(setting, fontsize=9)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("top eigenvalue of the Hessian")
-    handles = [_handle(name, style) for name, style in styles.items()]
+    handles = [_handle(name, style, lies[name].width) for name, style in styles.items()]
     handles.append(_handle("2 / learning rate", ("#777777", "-")))
     return _finish(figure, title, handles, "line: mean; band: ± 1 standard deviation over seeds")
 
 
+@drawn
 def forest(differences: Sequence[Row], quantity: str, title: str) -> matplotlib.figure.Figure:
     """Paired differences of all settings, one below the other, with 95 % confidence intervals.
 
@@ -241,7 +264,7 @@ def forest(differences: Sequence[Row], quantity: str, title: str) -> matplotlib.
     if not alike:
         names = [f"{name}: {pair}" for name, pair in zip(names, pairs, strict=True)]
     height = 1.6 + 0.28 * len(rows)
-    figure = matplotlib.figure.Figure(figsize=(7, height), dpi=150, layout="constrained")
+    figure = library().figure.Figure(figsize=(7, height), dpi=150, layout="constrained")
     axes = figure.subplots()
     look = plots.styles(pairs)
     for y, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
@@ -265,13 +288,13 @@ def _panels(
     lines: int, columns: int, width: float, height: float
 ) -> tuple[matplotlib.figure.Figure, list[list[matplotlib.axes.Axes]]]:
     size = max(width * columns, 5.0) + 0.4, height * lines + 1.0
-    figure = matplotlib.figure.Figure(figsize=size, dpi=150, layout="constrained")
+    figure = library().figure.Figure(figsize=size, dpi=150, layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False).tolist()
 
 
-def _handle(name: str, style: plots.Style, width: float = 1.5) -> matplotlib.lines.Line2D:
+def _handle(name: str, style: Style, width: float = 1.5) -> matplotlib.lines.Line2D:
     line: Any = style[1]
-    return matplotlib.lines.Line2D(
+    return library().lines.Line2D(
         [], [], color=style[0], linestyle=line, linewidth=width, label=name
     )
 

@@ -34,11 +34,10 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 
@@ -48,7 +47,11 @@ from experiments.config import Config, ConfigError
 from experiments.paper import reported
 from experiments.paper.kept import Kept
 from experiments.reporting import plots, seed_statistics, tables
+from experiments.reporting.drawing import drawn, layers, library
 from sparseopt_jax import models
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 SPARSITIES = tuple(round(0.1 * i, 1) for i in range(10))
 NORMS = ("batch", "layer", "none")
@@ -280,6 +283,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+@drawn
 def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the ratio against sparsity: mean and standard deviation over seeds, a panel per init.
 
@@ -288,13 +292,15 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """
     protocol, sparsities = found["protocol"], np.array(found["sparsities"])
     inits = protocol["inits"]
-    drawn = matplotlib.figure.Figure(
+    picture = library().figure.Figure(
         figsize=(1.6 + 3.9 * len(inits), 4.6), dpi=150, layout="constrained"
     )
-    panels = drawn.subplots(1, len(inits), sharey=True, squeeze=False)[0]
+    panels = picture.subplots(1, len(inits), sharey=True, squeeze=False)[0]
     curve = np.linspace(0, max(sparsities.max(), 0.01), 200)
+    lies = layers(_STYLES)
     for axes, init in zip(panels, inits, strict=True):
-        axes.plot(curve, 1 / np.sqrt(1 - curve), color="#000000", lw=1, label="1 / sqrt(1 - s)")
+        theory = 1 / np.sqrt(1 - curve)
+        axes.plot(curve, theory, color="#000000", lw=1, zorder=2.9, label="1 / sqrt(1 - s)")
         for norm, case in _cases(found, init).items():
             color, line = _STYLES[norm]
             mean = np.array([cell["mean"] for cell in case["ratio"]])
@@ -305,8 +311,9 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
                 color=color,
                 ls=line,
                 marker="o",
-                ms=3.5,
-                lw=1.6,
+                ms=lies[norm].marker,
+                lw=lies[norm].width,
+                zorder=lies[norm].zorder,
                 label=_LABELS[norm],
             )
             axes.fill_between(
@@ -327,17 +334,17 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("gradient, sparse over dense")
-    drawn.suptitle(
+    picture.suptitle(
         f"Gradient of the active weights at initialisation, two-layer MLP, {protocol['dataset']}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(
+    picture.legend(
         handles, labels, loc="outside lower center", ncols=2 if len(inits) == 1 else 3,
         frameon=False, fontsize=8, title_fontsize=8,
         title=f"line: mean; band: ± 1 standard deviation over {len(protocol['seeds'])} seeds",
     )  # fmt: skip
-    return drawn
+    return picture
 
 
 def _model(dataset: data.Shapes, hidden: int, norm: str, init: str) -> Any:

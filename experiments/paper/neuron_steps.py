@@ -32,12 +32,10 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
 import sparseopt_jax as sx
@@ -47,8 +45,12 @@ from experiments.config import Config, ConfigError
 from experiments.paper.kept import Kept
 from experiments.programs import MethodPrograms, ModelPrograms, compile_method, compile_model
 from experiments.reporting import plots, seed_statistics, tables
+from experiments.reporting.drawing import drawn, layers, library
 from experiments.run import total_steps
 from experiments.stepping import Stepper
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 STEPS = (0, 10, 30, 90, 190, 390)
 """Steps done before the one that is measured; with an update every 100 steps, none is an update."""
@@ -256,15 +258,17 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@drawn
 def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the slopes against the training step: a panel for each quantity, a line for a method.
 
     Args:
       found: what `measure` returned.
     """
-    drawn = matplotlib.figure.Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
-    panels = drawn.subplots(1, len(QUANTITIES))
+    picture = library().figure.Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    panels = picture.subplots(1, len(QUANTITIES))
     look = plots.styles(found["slopes"])
+    lies = layers(look)
     for axes, (name, words) in zip(panels, QUANTITIES.items(), strict=True):
         axes.axhline(0, color="#000000", lw=0.8)
         for method, quantities in found["slopes"].items():
@@ -274,29 +278,30 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
             spread = np.array([cell["std"] or 0.0 for cell in cells])
             color, line = look[method]
             axes.plot(
-                step, mean, color=color, ls=line, marker="o", ms=3.5, lw=1.6, label=method
+                step, mean, color=color, ls=line, marker="o", ms=lies[method].marker,
+                lw=lies[method].width, zorder=lies[method].zorder, label=method,
             )  # fmt: skip
             axes.fill_between(step, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
         axes.set_xlim(0.8, 1.25 * (found["steps"][-1] + 1))
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter(library().ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         axes.set_title(words.replace(", ", ",\n"), fontsize=9)
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("slope of its log over log(fan-in)")
     setting = found["setting"]
-    drawn.suptitle(
+    picture.suptitle(
         f"Neurons by fan-in: {setting['model']} on {setting['dataset']}, {setting['topology']},"
         f" sparsity {setting['sparsity']:g}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(
+    picture.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9,
         title=f"line: mean; band: ± 1 standard deviation over {len(found['seeds'])} seed(s)",
         title_fontsize=8,
     )  # fmt: skip
-    return drawn
+    return picture
 
 
 def _run(

@@ -15,7 +15,7 @@ from experiments.config import SPECS
 from experiments.paper import reported
 from experiments.paper.reproductions import Reproduction, Setting
 from experiments.reporting import seed_statistics, tables
-from experiments.reporting.finished_runs import COMPARED, Run
+from experiments.reporting.finished_runs import COMPARED, Run, cut_to, dataset_name
 
 Row = dict[str, Any]
 
@@ -109,7 +109,8 @@ def rows_of(
 
     Returns:
       Rows with `setting` (None where only the paper has it), `variant`, `topology`, `sparsity`,
-      `epochs`, `method`, `paper`, `seeds`, `values` (one a seed) and `ours` (their statistics).
+      `epochs`, `cut_to` (our steps, where they cut these short), `method`, `paper`, `seeds`,
+      `values` (one a seed) and `ours` (their statistics).
     """
     value = QUANTITIES[reproduction.shows].value
     rows: dict[tuple[Any, ...], Row] = {}
@@ -126,6 +127,7 @@ def rows_of(
             group = (setting.variant, config.topology, config.sparsity, method)
             keys[group] = _key(setting, method)
             row = rows[(*group, config.epochs)] = _row(name, group, config.epochs)
+            row["cut_to"] = cut_to(runs.get(name, ()))
             row["paper"] = _published(reproduction, keys[group], config.epochs)
             row["seeds"], row["values"] = list(values), list(values.values())
             if values:
@@ -143,7 +145,8 @@ def _row(setting: str | None, group: tuple[Any, ...], epochs: int) -> Row:
     variant, topology, sparsity, method = group
     return {
         "setting": setting, "variant": variant, "topology": topology, "sparsity": sparsity,
-        "epochs": epochs, "method": method, "paper": None, "ours": None, "seeds": [], "values": [],
+        "epochs": epochs, "cut_to": None, "method": method, "paper": None, "ours": None,
+        "seeds": [], "values": [],
     }  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def differences_of(rows: Sequence[Row]) -> list[Row]:
         ours = seed_statistics.compare(_by_seed(row), _by_seed(other))
         both = row["paper"] and other["paper"]
         found.append(
-            {name: row[name] for name in ("setting", "topology", "sparsity", "epochs")}
+            {name: row[name] for name in ("setting", "topology", "sparsity", "epochs", "cut_to")}
             | {"of": [row["variant"], row["method"]], "minus": [other["variant"], other["method"]]}
             | {
                 "paper": round(row["paper"]["mean"] - other["paper"]["mean"], 2) if both else None,
@@ -234,7 +237,8 @@ def task_of(reproduction: Reproduction, settings: Mapping[str, Setting]) -> tupl
     one = next(iter(settings.values())).config
     # Fields that the settings differ in are in their names.
     fields = {name: getattr(base if name in varied else one, name) for name in _TASK}
-    text = f"{fields['model']} on {fields['dataset']}"
+    dataset = dataset_name({"dataset": fields["dataset"], "data_dir": one.data_dir})
+    text = f"{fields['model']} on {dataset}"
     for name, value in fields.items():
         if name not in ("model", "dataset") and value != SPECS[name].default:
             text += f", {name}={value}"
@@ -255,6 +259,16 @@ def label(row: Row, method: str | None = None) -> str:
     return " ".join(filter(None, (where, row["variant"], method)))
 
 
+def our_length(row: Mapping[str, Any]) -> str:
+    """How long our training of a row was, e.g. `100 epochs`, or `20 steps of 100 epochs`."""
+    epochs = _epochs(row["epochs"])
+    return epochs if row["cut_to"] is None else f"{row['cut_to']} steps of {epochs}"
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' if number > 1 else ''}"
+
+
 def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
     """Our numbers beside the paper's: lengths of training side by side, or methods for factors."""
     quantity = QUANTITIES[reproduction.shows]
@@ -263,7 +277,10 @@ def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
     columns: dict[Any, str] = {}
     for row in sorted(rows, key=lambda row: 0 if by_method else row["epochs"]):
         column = row["method"] if by_method else row["epochs"]
-        columns[column] = column if by_method else f"{column} epoch{'s' if column > 1 else ''}"
+        name = column if by_method else _epochs(column)
+        if not by_method and row["cut_to"] is not None:
+            name += f" (ours: {row['cut_to']} steps)"
+        columns[column] = max(columns.get(column, ""), name, key=len)
     for row in rows:
         name = row["variant"] if by_method else label(row)
         column = row["method"] if by_method else row["epochs"]
@@ -304,7 +321,8 @@ def difference_table(reproduction: Reproduction, differences: Sequence[Row]) -> 
             name = f"{row['of'][0]}: {row['of'][1]} - {row['minus'][1]}"
         else:
             name = f"{where} {of} - {minus}"
-        line = [name, str(row["epochs"])]
+        cut = "" if row["cut_to"] is None else f" (ours: {row['cut_to']} steps)"
+        line = [name, f"{row['epochs']}{cut}"]
         if published:
             line.append(_published_difference(row, digits))
         mean = "-" if ours["mean"] is None else f"{ours['mean']:+.{digits}f}"

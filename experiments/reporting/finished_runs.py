@@ -251,6 +251,29 @@ def progress(workdir: str | os.PathLike[str]) -> Progress:
     return Progress(len(expected & finished), len(expected), len(expected & lost))
 
 
+def cut_to(runs: Iterable[Run]) -> int | None:
+    """How many steps the runs of one setting took, where `steps` ended them before its epochs."""
+    for run in runs:
+        done, asked = run.result.get("epochs"), run.config.get("epochs")
+        if done is not None and asked is not None and done < asked:
+            return int(run.result["steps"])
+    return None
+
+
+def dataset_name(config: Mapping[str, Any]) -> str:
+    """The dataset of a config in words; class folders go by the name of their folder."""
+    if config["dataset"] != "folder":
+        return str(config["dataset"])
+    return f"folder {pathlib.Path(config.get('data_dir', '')).expanduser().resolve().name}"
+
+
+def task(runs: Iterable[Run]) -> str:
+    """Models and datasets of runs, in words."""
+    configs = [run.config for run in runs]
+    models = dict.fromkeys(str(config["model"]) for config in configs)
+    return f"{', '.join(models)} on {', '.join(dict.fromkeys(map(dataset_name, configs)))}"
+
+
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs grouped by method, in the order in which they come."""
     groups: dict[str, list[Run]] = {}

@@ -7,9 +7,8 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.figure
 import numpy as np
 
 from experiments.reporting import plots
@@ -17,10 +16,16 @@ from experiments.reporting.finished_runs import (
     COMPARED,
     Run,
     by_method,
+    cut_to,
+    dataset_name,
     late_train_loss,
+    task,
     training_flops,
 )
 from experiments.reporting.plots import Curve, Point
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 _TOPOLOGIES = {"rigl": "RigL", "set": "SET", "static": "static masks", "dense": "dense"}
 
@@ -38,7 +43,7 @@ def write_pictures(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> list
     """
     folder = pathlib.Path(workdir)
     config = runs[0].config
-    trained = f"{config['model']} on {config['dataset']}"
+    trained = task(runs)
     spread = {"uniform": "uniform"}.get(config["distribution"], config["distribution"].upper())
     sparse = f"{spread} {config['sparsity']:g}, {_TOPOLOGIES[config['topology']]}"
     title = f"{trained}; sparse methods: {sparse}"
@@ -67,7 +72,7 @@ def write_sweep_pictures(
 
     Args:
       sweep: finished runs by setting.
-      title: the name of the sweep.
+      title: what was trained, and the name of the sweep.
       folder: where the pictures go.
 
     Returns:
@@ -77,12 +82,16 @@ def write_sweep_pictures(
       it has data. Those with more than 12 settings go on in `curves-2.png` and so on.
     """
     figures: dict[str, matplotlib.figure.Figure] = {}
+    names = {
+        setting: setting if (steps := cut_to(runs)) is None else f"{setting}, cut to {steps} steps"
+        for setting, runs in sweep.items()
+    }
 
     def draw(
         name: str, find: Callable[[Sequence[Run]], dict[str, Curve]], ylabel: str, **options: Any
     ) -> None:
         found = {setting: find(runs) for setting, runs in sweep.items()}
-        panels = [(setting, methods) for setting, methods in found.items() if methods]
+        panels = [(names[setting], methods) for setting, methods in found.items() if methods]
         most = plots.MOST_PANELS
         for first in range(0, len(panels), most):
             file = f"{name}-{first // most + 1}.png" if first else f"{name}.png"
@@ -238,11 +247,18 @@ def _flops(
     return {titles[panel] or panel[-1]: methods for panel, methods in panels.items()}
 
 
+_OF_MODEL = ("width", "base_channels", "hidden", "shortcut", "image_size")
+"""Fields that make another model of one name."""
+
+
 def _task(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What makes accuracies comparable, in words."""
+    """What makes accuracies and FLOPs comparable, in words."""
     pool = config.get("pool", 1)
     return (
-        config["dataset"],
+        config["model"],
+        *(f"{name}={config[name]}" if name in config else "" for name in _OF_MODEL),
+        dataset_name(config),
+        "" if config.get("label", "label") == "label" else config["label"],
         "pairs" if config.get("pairs") else "",
         f"pooled by {pool}" if pool > 1 else "",
         config.get("train_split", "train"),

@@ -9,23 +9,21 @@ import io
 import itertools
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib.axes
-import matplotlib.figure
-import matplotlib.lines
-import matplotlib.ticker
 import numpy as np
 
 from experiments.metrics import write_atomically
+from experiments.reporting.drawing import LineStyle, Style, drawn, layers, library, plain
 from experiments.reporting.seed_statistics import half_width
 
-LineStyle = str | tuple[int, tuple[int, ...]]
-"""A line style as Matplotlib takes it: its name, or an offset and lengths of dashes and gaps."""
-
-Style = tuple[str, LineStyle]
-"""A colour and a line style."""
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+    import matplotlib.lines
+    import matplotlib.ticker
 
 COLOURS = {
     "purple": "#CC79A7", "sky": "#56B4E9", "black": "#000000", "vermilion": "#D55E00",
@@ -92,6 +90,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     return found
 
 
+@drawn
 def curves(
     panels: Mapping[str, Mapping[str, Curve]],
     ylabel: str,
@@ -117,21 +116,26 @@ def curves(
     Returns:
       The figure, with one legend for all panels.
     """
-    figure, drawn = _grid(len(panels))
+    figure, grid = _grid(len(panels))
     look = styles(method for methods in panels.values() for method in methods)
+    lies = layers(look)
     note = {
         "std": "line: mean; band: ± 1 standard deviation over seeds",
         "ci95": "line: mean of paired differences; band: 95 % confidence interval (Student's t)",
     }[band]
     cut = False
-    for axes, (name, methods) in zip(drawn, panels.items(), strict=True):
+    for axes, (name, methods) in zip(grid, panels.items(), strict=True):
         if band == "ci95":
             axes.axhline(0, color="#666666", linewidth=0.9, zorder=1)
         limits = []
         for method, (x, values) in methods.items():
-            colour, line = look[method]
+            (colour, line), layer = look[method], lies[method]
             mean, spread = values.mean(axis=0), _spread(values, band)
-            axes.plot(x, mean, ls=line, color=colour, linewidth=1.6, **_marker(x))
+            # A few points are marked: a line between two of them shows nothing in between.
+            axes.plot(
+                x, mean, ls=line, color=colour, linewidth=layer.width, zorder=layer.zorder,
+                marker="o" if len(x) <= 12 else None, markersize=layer.marker,
+            )  # fmt: skip
             high = mean + spread if top is None else np.minimum(mean + spread, top)
             # A logarithmic axis has no room for a band that reaches 0.
             low = mean - spread if not log else np.maximum(mean - spread, mean / 10)
@@ -146,8 +150,10 @@ def curves(
             _plain_log(axes)
         else:
             cut |= _set_limits(axes, limits, top)
-        axes.set_title(f"{name} ({_runs(methods)})" if name else _runs(methods), fontsize=8.5)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5))
+        shown = f"{plain(name)} ({_runs(methods)})" if name else _runs(methods)
+        axes.set_title(shown, fontsize=8.5)
+        axes.xaxis.set_major_locator(library().ticker.MaxNLocator(nbins=5))
+        from_zero(axes, (x for x, _ in methods.values()))
     if cut:
         note += "; some of the first points lie beyond the axis"
     _finish(figure, look, title, xlabel, ylabel, note)
@@ -157,26 +163,26 @@ def curves(
 def _grid(panels: int) -> tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]:
     """A figure with so many panels, in up to four columns, and those panels."""
     if panels == 1:
-        figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-        drawn = [figure.subplots()]
+        figure = library().figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+        grid = [figure.subplots()]
     else:
         columns = min(4, math.ceil(math.sqrt(panels)))
         rows = math.ceil(panels / columns)
         width, height = (4.5, 3.0) if columns == 2 else (3.1, 2.3)
-        figure = matplotlib.figure.Figure(
+        figure = library().figure.Figure(
             figsize=(width * columns + 0.4, height * rows + 1.0), dpi=130, layout="constrained"
         )
         every = list(figure.subplots(rows, columns, squeeze=False).ravel())
-        drawn = every[:panels]
+        grid = every[:panels]
         for axes in every[panels:]:
             axes.remove()
-    for axes in drawn:
+    for axes in grid:
         axes.grid(alpha=0.3)
         if panels > 1:
             axes.tick_params(labelsize=7.5)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    return figure, drawn
+    return figure, grid
 
 
 def _spread(values: np.ndarray, band: str) -> np.ndarray:
@@ -187,9 +193,11 @@ def _spread(values: np.ndarray, band: str) -> np.ndarray:
     return half_width(1.0, runs) * spread if band == "ci95" else spread
 
 
-def _marker(x: np.ndarray) -> dict[str, Any]:
-    """A few points are marked: a line between two of them shows nothing in between."""
-    return {"marker": "o", "markersize": 3} if len(x) <= 12 else {}
+def from_zero(axes: matplotlib.axes.Axes, xs: Iterable[np.ndarray]) -> None:
+    """Has the axis begin at 0 where all points have one x, which says little by itself."""
+    distinct = np.unique(np.concatenate(list(xs)))
+    if len(distinct) == 1 and distinct[0] > 0:
+        axes.set_xlim(0, 1.15 * distinct[0])
 
 
 def _set_limits(
@@ -200,7 +208,7 @@ def _set_limits(
     """Sets the values' axis; returns whether a mean lies beyond it."""
     lows, highs, smallest, largest = zip(*limits, strict=True)
     low, high = min(lows), max(highs)
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    margin = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
     bottom, upper = low - margin, high + margin
     if top is not None:
         bottom, upper = max(bottom, 0.0), min(upper, 1.003 * top)
@@ -210,19 +218,23 @@ def _set_limits(
 
 def _plain_log(axes: matplotlib.axes.Axes) -> None:
     """Numbers such as 0.5 on a logarithmic axis, as many as can be read whatever its range."""
+    low, high = axes.dataLim.intervaly
+    if high < 1.1 * low:  # no range to speak of
+        axes.set_ylim(low / 1.5, 1.5 * high)
     low, high = axes.get_ylim()
+    ticker = library().ticker
     locator: matplotlib.ticker.Locator
     if high < 5 * low:
-        locator = matplotlib.ticker.MaxNLocator(nbins=5)
+        locator = ticker.MaxNLocator(nbins=5)
     elif high < 50 * low:
-        locator = matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7))
+        locator = ticker.LogLocator(subs=(1, 2, 3, 5, 7))
     elif high < 1000 * low:
-        locator = matplotlib.ticker.LogLocator(subs=(1, 3))
+        locator = ticker.LogLocator(subs=(1, 3))
     else:
-        locator = matplotlib.ticker.LogLocator(numticks=6)
+        locator = ticker.LogLocator(numticks=6)
     axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _runs(methods: Mapping[str, Curve]) -> str:
@@ -240,7 +252,7 @@ def _finish(
     ylabel: str,
     note: str,
 ) -> None:
-    size = 10 if len(figure.axes) == 1 else 8.5
+    size, inches = 10 if len(figure.axes) == 1 else 8.5, figure.get_figwidth()
     # Labels of the whole figure would lie under its legend.
     lowest: dict[int, matplotlib.axes.Axes] = {}
     for axes in figure.axes:
@@ -252,17 +264,20 @@ def _finish(
     for axes in lowest.values():
         axes.set_xlabel(xlabel, fontsize=size)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(textwrap.fill(plain(title), int(12 * inches)), fontsize=10)
+    line2d, lies = library().lines.Line2D, layers(look)
     handles = [
-        matplotlib.lines.Line2D([], [], color=colour, ls=line, label=name, linewidth=1.6)
+        line2d([], [], color=colour, ls=line, label=plain(name), linewidth=lies[name].width)
         for name, (colour, line) in look.items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False,
-        fontsize=9, title=note, title_fontsize=8,
+        handles=handles, loc="outside lower center", frameon=False, fontsize=9,
+        ncols=min(len(handles), 5, int(inches / 1.4)), title=textwrap.fill(note, int(15 * inches)),
+        title_fontsize=8,
     )  # fmt: skip
 
 
+@drawn
 def flops(
     panels: Mapping[str, Mapping[str, Sequence[Sequence[Point]]]], ylabel: str, title: str = ""
 ) -> matplotlib.figure.Figure:
@@ -278,9 +293,10 @@ def flops(
       The figure. A point is the mean over runs with its standard deviation. Each label has a marker
       of its own, and stands once below the first points of the lines that share it.
     """
-    figure, drawn = _grid(len(panels))
+    figure, grid = _grid(len(panels))
     look = styles(method for methods in panels.values() for method in methods)
-    for axes, (name, methods) in zip(drawn, panels.items(), strict=True):
+    lies = layers(look)
+    for axes, (name, methods) in zip(grid, panels.items(), strict=True):
         every = [line for lines in methods.values() for line in lines]
         names = dict.fromkeys(point.label for line in every for point in line)
         markers = dict(zip(names, itertools.cycle("os^Dv<>P*X"), strict=False))
@@ -289,7 +305,7 @@ def flops(
         labels: dict[tuple[str, float], float] = {}
         sparse = [method for method in methods if method != "dense"]
         for method, lines in methods.items():
-            colour, dashes = look[method]
+            (colour, dashes), layer = look[method], lies[method]
             middle = (len(sparse) - 1) / 2
             aside = 1.0 if method == "dense" else step ** (sparse.index(method) - middle)
             for points in lines:
@@ -297,8 +313,8 @@ def flops(
                 spread = np.array([_spread(point.values[:, None], "std")[0] for point in points])
                 axes.errorbar(
                     [aside * point.flops for point in points], mean, spread, ls=dashes,
-                    color=colour, linewidth=1.2, elinewidth=0.9, capsize=2.5, markersize=4,
-                    marker=markers[points[0].label],
+                    color=colour, linewidth=layer.width, elinewidth=0.9, capsize=2.5, markersize=4,
+                    marker=markers[points[0].label], zorder=layer.zorder,
                 )  # fmt: skip
                 key = points[0].label, points[0].flops
                 labels[key] = min(labels.get(key, math.inf), float(mean[0] - spread[0]))
@@ -310,7 +326,7 @@ def flops(
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.14)
         _flops_axis(axes)
-        axes.set_title(name, fontsize=8.5)
+        axes.set_title(plain(name), fontsize=8.5)
     note = "mean at the end ± 1 standard deviation; number: sparsity; equal FLOPs: side by side"
     _finish(figure, look, title, "FLOPs of one training run", ylabel, note)
     return figure
@@ -322,14 +338,15 @@ def _flops_axis(axes: matplotlib.axes.Axes) -> None:
     wider = max(1.0, math.sqrt(4 * low / high))
     axes.set_xlim(low / wider, high * wider)
     subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.xaxis.set_major_locator(library().ticker.LogLocator(subs=subs))
+    axes.xaxis.set_minor_formatter(library().ticker.NullFormatter())
 
 
 FanIn = Mapping[str, np.ndarray]
 """Fan-in of every neuron of a layer by the layer's path; more dimensions are flattened."""
 
 
+@drawn
 def fan_in(
     before: FanIn,
     after: Mapping[str, FanIn],
@@ -348,14 +365,15 @@ def fan_in(
       The figure, with a panel for each layer.
     """
     look = styles(after)
+    lies = layers(look, thinnest=1.0)
     columns = min(5, max(1, math.ceil(math.sqrt(len(before)))))
     rows = math.ceil(len(before) / columns)
-    figure = matplotlib.figure.Figure(
+    figure = library().figure.Figure(
         figsize=(2.5 * columns + 0.5, 1.75 * rows + 1.1), dpi=130, layout="constrained"
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (layer, start) in zip(panels, before.items(), strict=False):
-        finish = {method: layers[layer] for method, layers in after.items()}
+        finish = {method: by_layer[layer] for method, by_layer in after.items()}
         bins = _bins([start, *finish.values()])
         share = _share(start)
         axes.hist(start.ravel(), bins, weights=share, color=_BEFORE)
@@ -363,7 +381,8 @@ def fan_in(
             colour, line = look[method]
             axes.hist(
                 values.ravel(), bins, weights=_share(values), histtype="step",
-                color=colour, linestyle=line, linewidth=1.3,
+                color=colour, linestyle=line, linewidth=lies[method].width,
+                zorder=lies[method].zorder,
             )  # fmt: skip
         name = layer.removesuffix("/kernel")
         axes.set_title(
@@ -375,20 +394,12 @@ def fan_in(
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     for axes in panels[len(before) :]:
-        axes.set_visible(False)
-    handles: list[matplotlib.lines.Line2D] = [
-        matplotlib.lines.Line2D([], [], color=_BEFORE, linewidth=7, label="before training")
-    ]
-    for method in after:
-        colour, line = look[method]
-        label = f"after, {method}"
-        handles.append(matplotlib.lines.Line2D([], [], color=colour, ls=line, label=label))
-    figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
-    figure.supxlabel("fan-in: active incoming weights of a neuron", fontsize=9)
-    figure.supylabel("neurons (% of the layer, all seeds)", fontsize=9)
-    figure.legend(
-        handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False
+        axes.remove()
+    note = (
+        "active incoming weights of a neuron; % of the layer's neurons, all seeds;"
+        " grey: before training, lines: after"
     )
+    _finish(figure, look, title, "fan-in", "neurons (%)", note)
     return figure
 
 
@@ -406,6 +417,7 @@ def _bins(groups: Sequence[np.ndarray]) -> np.ndarray:
     return np.arange(low - 0.5, high + width + 0.5, width)
 
 
+@drawn
 def save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None:
     """Writes a figure as PNG, whole or not at all.
 
@@ -414,5 +426,5 @@ def save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None
       path: the file to write.
     """
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", backend="agg")
     write_atomically(path, picture.getvalue())

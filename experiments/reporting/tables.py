@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,9 @@ def sweep_tables(summary: Row) -> str:
     """
     settings = summary["settings"]
     several = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
-    parts = [f"{summary['name']}: {several} with finished runs", _methods(settings)]
+    parts = [
+        f"{summary['name']}, {summary['task']}: {several} with finished runs", _methods(settings)
+    ]  # fmt: skip
     pairs = list(dict.fromkeys(pair for row in settings.values() for pair in row["paired"]))
     for pair in pairs:
         for quantity, words in QUANTITIES.items():
@@ -101,6 +104,14 @@ def sweep_tables(summary: Row) -> str:
     ]
     parts.append("\n".join([*notes, *about_p(_comparisons(list(settings.values())))]))
     parts += _environment(summary["environment"])
+    if summary["cut_to"]:
+        by_steps: dict[int, list[str]] = {}
+        for name, steps in summary["cut_to"].items():
+            by_steps.setdefault(steps, []).append(name)
+        parts += [
+            textwrap.fill(f"cut to {steps} steps: {', '.join(names)}", 98, break_on_hyphens=False)
+            for steps, names in by_steps.items()
+        ]
     if summary["diverged"]:
         parts.append(diverged(summary["diverged"]))
     if summary["unfinished"]:

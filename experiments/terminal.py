@@ -1,0 +1,47 @@
+"""What commands print, on a terminal or in a file that does not take every character."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import sys
+from collections.abc import Iterator
+
+_ERRORS = "experiments.in_ascii"
+_ASCII = {"±": "+/-", "…": "..."}
+"""What our own texts, and rich's, have beyond ASCII."""
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    r"""While the body runs, printing never fails for a character that the output cannot encode.
+
+    Such a character comes out in ASCII: `+/-` for ±, an escape such as `\xe9` for others, among
+    them the bytes of file names that are not UTF-8. Every command's `main` is decorated with it.
+    What a user has chosen by PYTHONIOENCODING other than "strict" stays, and so does a stream that
+    is not a text file, as a notebook's.
+
+    Example:
+      >>> with tolerant_output():
+      ...     print("0.5")
+      0.5
+    """
+    codecs.register_error(_ERRORS, _in_ascii)
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ERRORS)
+            changed.append(stream)
+    try:
+        yield
+    finally:
+        for stream in changed:
+            stream.reconfigure(errors="strict")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    found = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(found), error.end
