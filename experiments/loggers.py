@@ -59,6 +59,29 @@ def check_installed(names: Sequence[str]) -> None:
             ) from error
 
 
+def check_login(names: Sequence[str]) -> None:
+    """Raises where W&B is asked for and would refuse a run; on a terminal it asks for the key.
+
+    Args:
+      names: of loggers, the config's field `loggers`.
+
+    Raises:
+      ConfigError: nobody is logged in, nor is it offline, or a setting of W&B is wrong.
+    """
+    if "wandb" not in names:
+        return
+    wandb = importlib.import_module("wandb")
+    try:
+        wandb.login(verify=False)  # without a word to the server, which may be out of reach
+    except (wandb.UsageError, wandb.errors.AuthenticationError, ValueError) as error:
+        raise ConfigError(
+            f"loggers=wandb: {error}\nLog in by `wandb login` or WANDB_API_KEY, or set"
+            " WANDB_MODE=offline, to upload the lines later by `wandb sync`"
+        ) from error
+    except Exception:
+        return  # of its service, not of the settings; the first run will tell, and go on
+
+
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a line by their tags.
 

@@ -20,6 +20,14 @@ import numpy as np
 
 from experiments.config import ConfigError
 
+SETTINGS: Mapping[str, Any] = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+}
+"""JAX's own settings that say which numbers a seed draws, and their defaults."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "sparseopt-jax")
 
 
@@ -137,6 +145,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path} is not a JSON file: {error}") from error
 
 
+def settings() -> dict[str, Any]:
+    """`SETTINGS` as they are now."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
+
+
 def environment() -> dict[str, Any]:
     """What a result depends on besides its config: commit, versions, devices.
 
@@ -148,6 +161,7 @@ def environment() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "settings": settings(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "backend": jax.default_backend(),

@@ -6,14 +6,17 @@ twice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 import sparseopt_jax as sx
@@ -28,6 +31,41 @@ from experiments.functions import (
     method_functions,
     model_functions,
 )
+
+
+@contextlib.contextmanager
+def kept_in(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps what is compiled in the body in `folder/compilation_cache`, for the next start.
+
+    JAX's persistent compilation cache holds all of it, also what compiles quickly: a run that goes
+    on compiles nothing, and runs the very programs that it ran before. Where the user has a cache
+    already (JAX_COMPILATION_CACHE_DIR), that one is used, as it is set up.
+
+    Args:
+      folder: a work folder, or that of a sweep. The cache may be deleted at any time.
+    """
+    place = "jax_compilation_cache_dir"
+    if getattr(jax.config, place) is not None:
+        yield
+        return
+    settings = {
+        place: str(folder.absolute() / "compilation_cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+    # Or it would stay where it was when the first program was compiled, if anywhere.
+    compilation_cache.reset_cache()
 
 
 @dataclasses.dataclass(frozen=True)

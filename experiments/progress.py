@@ -61,7 +61,7 @@ class Progress:
         self._together = 1  # runs that are under way
         self._steps_of_run = self._epochs = 0
         self._before = self._steps = 0  # steps of the runs that are over; and with those under way
-        self._title = self._numbers = ""
+        self._title = self._numbers = self._doing = ""
         self._seconds = 0.0  # of the runs that are over
         self._done_before = 0  # steps that this process did not take
         self._resumed_at: float | None = None
@@ -119,6 +119,27 @@ class Progress:
         self._steps = self._before
         self._show(force=True)
 
+    @contextlib.contextmanager
+    def doing(self, what: str, printed: bool = False) -> Iterator[None]:
+        """Says on the bar why it stands still while the body runs.
+
+        Args:
+          what: is done meanwhile, e.g. "saving".
+          printed: whether it is said in a line of its own where there is no bar.
+        """
+        before, self._doing = self._doing, f"{what} ..."
+        if self._bar is not None:
+            self._draw()
+            self._bar.refresh()
+        elif printed and not self.console.is_terminal:
+            self.console.print(f"{what} ...", markup=False)
+        try:
+            yield
+        finally:
+            self._doing = before
+            if self._bar is not None:
+                self._draw()
+
     def skipped(self, runs: int, steps: int) -> None:
         """`runs` runs of `steps` steps in all need not be done: others did them, or they failed."""
         self._runs -= runs
@@ -156,15 +177,26 @@ class Progress:
             spent += self._clock() - self._resumed_at
         return spent / taken * (self._all_steps - self._steps)
 
-    def _show(self, force: bool) -> None:
+    def _left(self) -> str:
         seconds = self.time_left()
-        left = "" if seconds is None else "{}:{:02} left".format(*divmod(round(seconds), 60))
+        return "" if seconds is None else "{}:{:02} left".format(*divmod(round(seconds), 60))
+
+    def _draw(self) -> None:
+        assert self._bar is not None
+        self._bar.line = self._title + self._numbers
+        if self._doing:  # beside the numbers there may be no room
+            under_way = self._resumed_at is not None
+            self._bar.line = f"{self._title}  {self._doing}" if under_way else self._doing
+        self._bar.update(
+            self._task, completed=self._steps, total=self._all_steps, left=self._left()
+        )
+
+    def _show(self, force: bool) -> None:
         if self._bar is not None:
-            self._bar.line = self._title + self._numbers
-            self._bar.update(self._task, completed=self._steps, total=self._all_steps, left=left)
+            self._draw()
             return
         line = self._title + self._numbers
         due = force or self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES
         if not self.console.is_terminal and due and line != self._printed:
-            self.console.print(f"{line}  {left}", markup=False)
+            self.console.print(f"{line}  {self._left()}", markup=False)
             self._printed, self._printed_at = line, self._clock()

@@ -21,6 +21,7 @@ from experiments.divergence import DivergedError
 from experiments.paper import figures, gradient_ratio, neuron_steps, reported, side_by_side
 from experiments.paper.request import Request, parse
 from experiments.paper.side_by_side import QUANTITIES, Row
+from experiments.programs import kept_in
 from experiments.reporting import finished_runs, plots, tables
 from experiments.run import StoppedError
 from experiments.stopping import StopRequests
@@ -248,7 +249,7 @@ def _measure(asked: Request) -> None:
     (setting,) = asked.settings.values()
     keep = asked.workdir / f"{asked.reproduction.name}-parts.json"
     table: Callable[[Mapping[str, Any]], str]
-    with distributed.lock(lambda: workdir.lock(asked.workdir)):
+    with distributed.lock(lambda: workdir.lock(asked.workdir)), kept_in(asked.workdir):
         if asked.reproduction.shows == "gradient_ratio":
             found = gradient_ratio.measure(setting.config, say=_say, keep=keep)
             table, figure = gradient_ratio.table, gradient_ratio.figure

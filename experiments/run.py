@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from experiments import data, distributed, divergence, workdir
+from experiments import data, distributed, divergence, metrics, workdir
 from experiments.checkpoint import Checkpoints, all_finite
 from experiments.config import Config, ConfigError
 from experiments.group import Group, Steps
@@ -121,7 +121,8 @@ class Run:
             self._checkpoints = stack.enter_context(
                 Checkpoints(self._folder, config.keep_last, config.keep_best, self._say)
             )
-            saved = self._done() if self._restore() else None
+            with self._progress.doing("reading the checkpoint"):
+                saved = self._done() if self._restore() else None
             for record in self._records:
                 record.open(stack, self._at.step, self._say)
             stack.enter_context(self._stop.deferred())
@@ -134,12 +135,15 @@ class Run:
                 stopped = (self._stop.agreed() or not evaluated) and not last
                 due = stopped or self._checkpoint_is_due()
                 if due and self._at.step and self._done() != saved:
-                    self._save()
+                    with self._progress.doing("saving"):
+                        self._save()
                     saved = self._done()
+                if last or stopped:
+                    with self._progress.doing("saving"):
+                        self._checkpoints.wait()
                 if last:
                     break
                 if stopped:
-                    self._checkpoints.wait()
                     raise StoppedError(f"{self._name}, at step {self._at.step}")
                 self._advance(stepper)
         self._finish()
@@ -175,6 +179,7 @@ class Run:
         def check(notes: Mapping[str, Any]) -> None:
             what = f"{self._folder} holds checkpoints of a run"
             workdir.check_same(self._config, notes["config"], what)
+            workdir.check_settings(notes.get("settings", {}), what)
             if notes.get("state_version") != STATE_VERSION:
                 raise ConfigError(
                     f"{what} by an earlier commit, whose optimizer state has another form; finish"
@@ -309,7 +314,8 @@ class Run:
         jax.block_until_ready(self._state)  # type: ignore[no-untyped-call]
         paused, epoch = time.monotonic(), self._epoch()
         if between or epoch % config.eval_every == 0 or last:
-            tests = evaluate(self._group, self._state, self._dataset, self._stop)
+            with self._progress.doing("evaluating"):
+                tests = evaluate(self._group, self._state, self._dataset, self._stop)
             if tests is None:
                 return False
             at.test_step = at.step
@@ -325,7 +331,8 @@ class Run:
         )
         for every, measure in measures:
             if every and end_of_epoch and (epoch % every == 0 or last):
-                measured = measure(self._state, stepper.last_batch())
+                with self._progress.doing("measuring"):  # and compiling, the first time
+                    measured = measure(self._state, stepper.last_batch())
                 found = [one | more for one, more in zip(found, measured, strict=True)]
         if found[0]:
             self._write("diagnostics", found)
@@ -363,6 +370,7 @@ class Run:
         notes = {
             "state_version": STATE_VERSION,
             "config": dataclasses.asdict(self._config),
+            "settings": metrics.settings(),
             "position": dataclasses.asdict(at),
         }
         self._checkpoints.save(at.step, self._arrays(), notes, accuracy)

@@ -16,10 +16,11 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments import data, distributed, loggers, metrics, train, workdir
+from experiments import data, distributed, metrics, train, workdir
 from experiments.config import Config, ConfigError
 from experiments.divergence import DivergedError
 from experiments.group import Member
+from experiments.programs import kept_in
 from experiments.progress import Progress
 from experiments.run import total_steps
 from experiments.stopping import StopRequests
@@ -76,7 +77,7 @@ def train_sweep(
         + (f", {len(failed)} diverged" if failed else "")
         + f"\n{folder}\n"
     )
-    with progress.live():
+    with progress.live(), kept_in(folder):
         left = _train_free(plan, datasets, progress, stop)
         # What another process had may be done, or given up, by now.
         left = _train_free(left, datasets, progress, stop)
@@ -141,7 +142,7 @@ def _plan(
     """What there is to do; says what cannot work before anything is written."""
     plan = []
     for name, config in settings.items():
-        loggers.check_installed(config.loggers)
+        train.check_loggers(config, folder / name)
         dataset = datasets.of(config)
         train.check(config, dataset)
         runs = len(distributed.from_main(lambda: _todo(config, folder / name)))  # noqa: B023

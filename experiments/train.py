@@ -44,6 +44,7 @@ from experiments.programs import (
     choose_steps_per_call,
     compile_method,
     compile_model,
+    kept_in,
     on_cpu,
 )
 from experiments.progress import Progress
@@ -71,10 +72,10 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
     """
     console = make_console()
     say = functools.partial(console.print, markup=False)
-    loggers.check_installed(config.loggers)
+    check_loggers(config, folder)
     dataset = data.load(config, say, check=check)
     check(config, dataset)  # images may have been left out
-    with distributed.lock(lambda: workdir.lock(folder)):
+    with distributed.lock(lambda: workdir.lock(folder)), kept_in(folder):
         todo = open_folder(config, folder)
         total, steps = len(config.runs()), total_steps(config, dataset)
         progress = Progress(len(todo), steps * len(todo), total - len(todo), console)
@@ -95,6 +96,21 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
 def make_console() -> rich.console.Console:
     """Where to say things: standard output, on process 0 alone."""
     return rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+
+
+def check_loggers(config: Config, folder: pathlib.Path) -> None:
+    """Raises ConfigError where a logger that is asked for cannot work.
+
+    For runs that go on, perhaps by themselves on a new machine, nobody need be logged in.
+    """
+
+    def log_in() -> None:
+        paths = [workdir.run_folder(folder, *run) for run in workdir.missing(config, folder)]
+        if not all((path / "run.json").is_file() for path in paths):
+            loggers.check_login(config.loggers)
+
+    loggers.check_installed(config.loggers)
+    distributed.from_main(log_in)
 
 
 def check(config: Config, dataset: data.Data | data.Facts | None) -> None:
@@ -153,6 +169,7 @@ def train_missing(
     """
     main = distributed.is_main()
     steps = total_steps(config, dataset)
+    epochs = -(-steps // data.steps_per_epoch(config, dataset))  # `steps` may cut them short
 
     def train_all(groups: Groups) -> None:
         for group, checkpoints in groups:
@@ -160,7 +177,7 @@ def train_missing(
             left = sum(not (path / "result.json").is_file() for path in folders)
             run = Run(group, dataset, folders, checkpoints, progress, stop)
             try:
-                with progress.running(prefix + name_of(group), steps, config.epochs, left):
+                with progress.running(prefix + name_of(group), steps, epochs, left):
                     run.train()
             except DivergedError as error:
                 if diverged is None:
@@ -170,7 +187,7 @@ def train_missing(
                     members = {(member.method, member.seed) for member in group.members}
                     runs = [run for run in workdir.missing(config, folder) if run in members]
                     progress.console.print(f"{error}\none by one, then:", markup=False)
-                    train_all(_singles(config, folder, runs, dataset, group.model))
+                    train_all(_singles(config, folder, runs, dataset, group.model, progress))
                 else:
                     progress.skipped(1, steps)
                     diverged(group.members[0], error)
@@ -180,10 +197,10 @@ def train_missing(
             gc.collect()
 
     if todo:
-        progress.console.print("compiling (not repeated for further seeds) ...", markup=False)
-        model = compile_model(config, dataset)
+        with progress.doing(f"{prefix}compiling {config.model}", printed=True):
+            model = compile_model(config, dataset)
         make = _batched if batches_runs(config, dataset) else _singles
-        train_all(make(config, folder, todo, dataset, model))
+        train_all(make(config, folder, todo, dataset, model, progress))
     if main:
         workdir.merge_metrics(folder)  # it may have been stopped just before
         workdir.merge_results(folder)
@@ -223,11 +240,15 @@ def _singles(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
+    progress: Progress,
 ) -> Groups:
-    programs = _compile_methods(
-        {m: config.for_method(m) for m in config.methods() if any(m == n for n, _ in todo)},
-        lambda method_config: compile_method(method_config, dataset, model),
-    )
+    methods = [m for m in config.methods() if any(m == n for n, _ in todo)]
+    what = f"compiling {', '.join(methods)}, once for all seeds"
+    with progress.doing(what, printed=True):
+        programs = _compile_methods(
+            {method: config.for_method(method) for method in methods},
+            lambda method_config: compile_method(method_config, dataset, model),
+        )
     for method, seed in todo:
         member = Member(config.for_method(method), seed)
         group = Single(member, model, programs[method], dataset)
@@ -240,6 +261,7 @@ def _batched(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
+    progress: Progress,
 ) -> Groups:
     assert isinstance(dataset, data.DeviceData)
     for own_folder, runs in workdir.together(config, folder, todo):
@@ -247,7 +269,10 @@ def _batched(
         metrics.write_json(own_folder / "runs.json", runs)
         members = [Member(config.for_method(method), seed) for method, seed in runs]
         steps_per_call = choose_steps_per_call(config, dataset)
-        yield Batched(members, model, dataset, steps_per_call), own_folder / "checkpoints"
+        methods = ", ".join(dict.fromkeys(member.method for member in members))
+        with progress.doing(f"compiling {methods}, all in one program", printed=True):
+            group = Batched(members, model, dataset, steps_per_call)
+        yield group, own_folder / "checkpoints"
 
 
 def devices(dataset: data.Data) -> str:

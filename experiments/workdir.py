@@ -9,6 +9,7 @@
     metrics.jsonl          the lines of all finished runs
     result.json            final metrics and digests of all runs, summary, environment
     accuracy.png, loss.png, fan_in.png
+    compilation_cache/     compiled programs, see `programs.kept_in`; may be deleted
 
 Only a run's own folder is written to while it trains; everything else is made from finished runs,
 whole or not at all. What an interrupted run's log has beyond its last checkpoint is dropped when
@@ -95,12 +96,16 @@ def check_folder(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     """The config of a work folder as JSON has it, empty where there is none yet.
 
     Raises:
-      ConfigError: it is of another experiment.
+      ConfigError: it is of another experiment, or its runs drew other random numbers.
     """
     path = folder / "config.json"
     old: dict[str, Any] = metrics.read_json(path) if path.exists() else {}
     if old:
-        check_same(config, old, f"--workdir={folder} holds runs")
+        what = f"--workdir={folder} holds runs"
+        check_same(config, old, what)
+        for run in sorted(folder.glob("runs/*/run.json")):
+            environment = metrics.read_json(run)["sessions"][-1]["environment"]
+            check_settings(environment.get("settings", {}), what)
     return old
 
 
@@ -134,6 +139,24 @@ def check_same(config: Config, old: Mapping[str, Any], what: str) -> None:
             raise ConfigError(
                 f"{what} with {name}={before!r}, not {new[name]!r};\n"
                 f"give another --workdir, or --config.{name} as it was"
+            )
+
+
+def check_settings(old: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError where `metrics.settings` were others than now.
+
+    Args:
+      old: those of before; one that is missing had its default.
+      what: what has them, for the message.
+    """
+    for name, now in metrics.settings().items():
+        before = old.get(name, metrics.SETTINGS[name])
+        if before != now:
+            variable = name.upper()
+            raise ConfigError(
+                f"{what} with {variable}={before}, not {now}, so keys of random numbers and what"
+                f" they draw would not fit;\nset the environment variable {variable}={before}, or"
+                " give another --workdir"
             )
 
 

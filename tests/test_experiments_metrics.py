@@ -123,6 +123,41 @@ def test_progress_draws_a_bar_on_a_terminal():
         assert part in text.getvalue()
 
 
+def test_a_bar_that_stands_still_says_why():
+    """In place of the numbers, for which there is no room beside it."""
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=80, force_terminal=True)
+    progress = Progress(runs=1, steps=2, console=console)
+
+    def shown():
+        """What the bar's line has been since it was last asked for."""
+        drawn = text.getvalue()
+        text.seek(0)
+        text.truncate()
+        return drawn
+
+    with progress.live():
+        with progress.doing("compiling sgd", printed=True):
+            assert "compiling sgd ..." in shown()
+        with progress.running("sgd seed 0", 2, epochs=1):
+            progress.update(1, 1, {"loss": 0.5})
+            with progress.doing("saving"):
+                drawn = shown()
+                assert "[1/1] sgd seed 0  saving ..." in drawn
+                progress.update(2, 1, {"loss": 0.25})  # which must not hide it
+                progress._bar.refresh()
+                assert "saving ..." in shown()
+            progress._bar.refresh()
+            assert "loss 0.250" in shown().rpartition("saving")[2]
+
+    plain = io.StringIO()
+    console = rich.console.Console(file=plain, width=80, soft_wrap=True)
+    progress = Progress(runs=1, steps=2, console=console)
+    with progress.live(), progress.doing("compiling sgd", printed=True), progress.doing("saving"):
+        pass
+    assert plain.getvalue() == "compiling sgd ...\n"
+
+
 def test_progress_of_runs_that_train_together_and_of_others_that_do_not():
     """Runs of 10 steps: three together, one that another process takes over, one more."""
     now = [0.0]

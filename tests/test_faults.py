@@ -1,5 +1,6 @@
 """Training that is stopped, killed, damaged or diverges, in this process; `test_soak.py` kills."""
 
+import collections
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import experiments.run
 import sparseopt_jax as sx
@@ -264,6 +266,65 @@ def test_checkpoints_whose_state_has_another_form_are_refused(tmp_path, capsys, 
     assert f"{folder / RUN}/checkpoints holds checkpoints of a run by an earlier commit" in said
     assert "give another --workdir" in said
     assert saved_steps(folder)[-1] == 20  # it is still there
+
+
+def test_other_random_numbers_are_refused(whole, tmp_path, capsys):
+    """Before anything is compiled; and where only the checkpoint tells of them."""
+    folder = tmp_path / "run"
+    stop_at(folder, 20)
+    was = "JAX_DEFAULT_PRNG_IMPL=threefry2x32"
+    try:
+        for now in ("rbg", "unsafe_rbg"):
+            jax.config.update("jax_default_prng_impl", now)
+            assert run(folder) == 2
+            said = capsys.readouterr().err
+            assert f"error: --workdir={folder} holds runs with {was}, not {now}" in said
+            assert f"set the environment variable {was}, or give another --workdir" in said
+            (folder / "config.json").unlink()
+            assert run(folder) == 2
+            assert f"holds checkpoints of a run with {was}, not {now}" in capsys.readouterr().err
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+    assert run(folder) == 0
+    assert compare(whole, folder).difference is None
+
+
+def test_a_run_that_goes_on_compiles_nothing(whole, tmp_path, monkeypatch):
+    """All of it comes from the work folder, and the run ends as one that was compiled at once."""
+    monkeypatch.setattr(train, "compile_model", programs.compile_model)
+    monkeypatch.setattr(train, "compile_method", programs.compile_method)
+    events = collections.Counter()
+    folder, place = tmp_path / "run", jax.config.jax_compilation_cache_dir
+
+    def count(event, **_):
+        events[event.removeprefix("/jax/compilation_cache/")] += 1
+
+    def of_own(start):
+        """What happens where the user has set up no cache."""
+        events.clear()
+        jax.clear_caches()
+        jax.config.update("jax_compilation_cache_dir", None)
+        try:
+            start()
+            assert jax.config.jax_compilation_cache_dir is None
+        finally:
+            jax.config.update("jax_compilation_cache_dir", place)
+            compilation_cache.reset_cache()
+        return events["compile_requests_use_cache"], events["cache_hits"], events["cache_misses"]
+
+    jax.monitoring.register_event_listener(count)
+    try:
+        asked, hits, misses = of_own(lambda: stop_at(folder, 30))
+        assert asked == misses > 0 == hits
+        kept = set((folder / "compilation_cache").iterdir())
+        assert len(kept) == misses
+        asked, hits, misses = of_own(lambda: run(folder))
+        assert asked == hits > 0 == misses
+        assert set((folder / "compilation_cache").iterdir()) == kept
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert compare(whole, folder).difference is None
+    assert not (whole / "compilation_cache").exists()  # these tests have set up one
 
 
 def test_two_runs_in_one_folder(whole, capsys):

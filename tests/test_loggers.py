@@ -198,6 +198,8 @@ def wandb(monkeypatch):
         signature, settings = inspect.signature(real.init), set(real.Settings.model_fields)
         for name, arguments in (("log", ({}, 1)), ("finish", (0,))):
             inspect.signature(getattr(real.Run, name)).bind(None, *arguments)
+        inspect.signature(real.login).bind(verify=False)
+        assert issubclass(real.errors.AuthenticationError, Exception)
     module = StandIn(signature, settings)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module

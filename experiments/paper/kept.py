@@ -51,7 +51,9 @@ class Kept:
                 f"{path} must have {', '.join(names)}, an object each, as this command writes it;"
                 " delete it to measure anew"
             )
-        workdir.check_same(self._config, content["config"], f"{path} holds measurements")
+        what = f"{path} holds measurements"
+        workdir.check_same(self._config, content["config"], what)
+        workdir.check_settings(content.get("settings", {}), what)
         for name, value in self._how.items():
             if content["how"].get(name) != value:
                 raise ConfigError(
@@ -73,6 +75,7 @@ class Kept:
             self._parts[name] = found
             if self._path is not None and distributed.is_main():
                 content = {"config": dataclasses.asdict(self._config), "how": self._how}
+                content["settings"] = metrics.settings()
                 metrics.write_json(self._path, content | {"parts": self._parts})
         part = self._parts[name]
         if part["commit"] not in self.commits:
