@@ -12,10 +12,12 @@ import difflib
 import importlib.util
 import pathlib
 import time
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from experiments.config import SPECS, Config, ConfigError
+from experiments.paths import local_path, work_folder
 
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -75,7 +77,7 @@ def _files() -> list[pathlib.Path]:
     return [path for path in _CONFIGS.glob("*.py") if path.name != "__init__.py"]
 
 
-def _parser() -> Parser:
+def _parser(argv: Sequence[str]) -> Parser:
     parser = Parser(
         prog="python -m experiments.train",
         description="Trains one experiment; started again with the same folder, it continues.",
@@ -85,16 +87,69 @@ def _parser() -> Parser:
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>-<time>)"
     )
-    add_overrides(parser)
+    add_overrides(parser, *(config_for_help(argv) or (Config(), "Config")))
     return parser
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config.FIELD=VALUE` for every field of a config."""
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether `--help` or `-h` is among the arguments."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
+def config_for_help(argv: Sequence[str]) -> tuple[Config, str] | None:
+    """The config whose values `--help` is to show, and its file's name.
+
+    Args:
+      argv: the arguments; the last `--config` among them counts.
+
+    Returns:
+      None where help is not asked for, or no file is named.
+
+    Raises:
+      ConfigError: the file is not a config.
+    """
+    if not asks_for_help(argv):
+        return None
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    file = parser.parse_known_args(list(argv))[0].config
+    if file is None:
+        return None
+    path = local_path("--config", file)
+    return load_config(path), path.name
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser,
+    config: Config,
+    whose: str,
+    others: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
+) -> None:
+    """Adds `--config.FIELD=VALUE` for every field of a config.
+
+    Args:
+      parser: to add them to.
+      config: what the fields are where none is given.
+      whose: what to call it in `--help`.
+      others: fields that have several values there, and these.
+    """
     fields = parser.add_argument_group("overrides")
     for name, spec in SPECS.items():
-        text = f"{spec.help}: {spec.allowed()} (Config's default: {spec.default!r})"
+        values = " / ".join(map(typed, others.get(name, (getattr(config, name),))))
+        text = f"{spec.help}: {spec.allowed()} (default in {whose}: {values})"
         fields.add_argument(f"--config.{name}", metavar="VALUE", help=text.replace("%", "%%"))
+
+
+def typed(value: Any) -> str:
+    """A field's value as a command line has it, or the word nothing.
+
+    Example:
+      >>> typed(True), typed(("dense", "sgd")), typed("")
+      ('true', 'dense,sgd', 'nothing')
+    """
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    return (str(value).lower() if isinstance(value, bool) else str(value)) or "nothing"
 
 
 def overrides(given: argparse.Namespace) -> dict[str, Any]:
@@ -131,17 +186,17 @@ def parse(argv: Sequence[str]) -> CommandLine:
       >>> parse(["--config=experiments/configs/digits.py", "--config.seeds=1"]).config.seeds
       1
     """
-    given, unknown = _parser().parse_known_args(list(argv))
+    given, unknown = _parser(argv).parse_known_args(list(argv))
     if unknown:
         raise ConfigError(unknown_argument(unknown[0], ("--config", "--workdir")))
     if given.config is None:
         raise ConfigError("--config is missing, e.g. --config=experiments/configs/digits.py")
-    path = pathlib.Path(given.config)
+    path = local_path("--config", given.config)
     config = dataclasses.replace(load_config(path), **overrides(given))
     texts = override_texts(given)
     words = (f"--config={path}", *(f"--config.{name}={text}" for name, text in texts.items()))
     default = f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = pathlib.Path(given.workdir or default)
+    workdir = work_folder(given.workdir or default)
     return CommandLine(config, workdir, (*words, f"--workdir={workdir}"))
 
 

@@ -50,6 +50,8 @@ from experiments.functions import (
     method_functions,
     model_functions,
 )
+from experiments.paths import local_path, output_file
+from experiments.terminal import tolerant_output
 
 _PROGRAM = "python -m experiments.compile_check"
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "imagenet_resnet50.py"
@@ -315,7 +317,8 @@ def _parse(argv: Sequence[str]) -> _Asked:
     parser.add_argument(
         "--config", metavar="FILE", default=str(_CONFIG), help="by default imagenet_resnet50.py"
     )
-    command_line.add_overrides(parser)
+    shown = command_line.config_for_help([f"--config={_CONFIG}", *argv])
+    command_line.add_overrides(parser, *(shown or (Config(), "Config")))
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise ConfigError(command_line.unknown_argument(unknown[0], _ARGUMENTS))
@@ -327,13 +330,9 @@ def _parse(argv: Sequence[str]) -> _Asked:
     sizes = _batch_sizes(given.batch_size)
     # At once, since the config's own batch size need not fit the other overrides.
     overrides |= {"compare": (), "batch_size": sizes[0]}
-    config = dataclasses.replace(command_line.load_config(pathlib.Path(given.config)), **overrides)
-    path = None if given.json is None else pathlib.Path(given.json)
-    if path is not None:  # what cannot work is said before minutes have passed
-        if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"--json={path}: {path.parent} must be a folder to write to")
-        if path.is_dir():
-            raise ConfigError(f"--json={path} must be a file, and is a folder")
+    config = command_line.load_config(local_path("--config", given.config))
+    config = dataclasses.replace(config, **overrides)
+    path = None if given.json is None else output_file("--json", given.json)
     return _Asked(given.topology, config, sizes, path, f"{_PROGRAM} {shlex.join(argv)}")
 
 
@@ -387,6 +386,7 @@ def check(asked: _Asked) -> int:
     return 1 if any(compiled.error for compiled in found) else 0
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Does what the command line asks for, in this process; returns the exit code.
 

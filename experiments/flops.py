@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 import sparseopt_jax as sx
 from experiments import metrics
+from experiments.config import ConfigError
+from experiments.paths import output_file
 from sparseopt_jax import models
 from sparseopt_jax.flops import ModelFLOPs, flops
 
@@ -172,12 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     if asked.interval < 1:
         parser.error(f"--interval must be at least 1, got {asked.interval}")
+    try:
+        output = output_file("--output", asked.output) if asked.output else None
+    except ConfigError as error:
+        parser.error(str(error))
     found = compare(asked.interval)
     print(table(found))
-    if asked.output:
+    if output is not None:
         command = f"{parser.prog} --interval={asked.interval}"
         record = {"command": command, "convention": CONVENTION} | found
-        metrics.write_json(asked.output, record | {"environment": metrics.environment()})
+        metrics.write_json(output, record | {"environment": metrics.environment()})
     return 0
 
 

@@ -26,11 +26,12 @@ from typing import Any, NamedTuple, NoReturn
 from absl import logging as absl_logging
 
 from experiments import prepare_errors, prepare_requirements
-from experiments.command_line import closest
+from experiments.command_line import Parser, closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
-from experiments.data.paths import local_folder
+from experiments.paths import local_path
 from experiments.prepare_requirements import gigabytes
+from experiments.terminal import tolerant_output
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -47,13 +48,8 @@ IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m experiments.prepare",
         description="Downloads a dataset of tensorflow-datasets and stores it as ArrayRecord"
         " files, which training reads without TensorFlow. Started again, it goes on: finished"
@@ -126,8 +122,8 @@ def prepare(
     if not data_dir or "://" in data_dir:
         wrong = [f"--data_dir={data_dir or ''} must be a local folder for the dataset"]
         data_dir, manual_dir = "DIR", manual_dir or "FILES"
-    root = local_folder("--data_dir", data_dir)
-    manual = local_folder("--manual_dir", manual_dir or str(root / "downloads" / "manual"))
+    root = local_path("--data_dir", data_dir)
+    manual = local_path("--manual_dir", manual_dir or str(root / "downloads" / "manual"))
     try:
         if dataset == "folder":
             task = _own_images(root, manual)
@@ -395,6 +391,7 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 (data, network), 2 (wrong setting), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)

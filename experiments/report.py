@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.config import ConfigError
 from experiments.metrics import write_json
+from experiments.paths import local_path
 from experiments.reporting import finished_runs
 from experiments.reporting.finished_runs import (
     COMPARED,
@@ -29,6 +30,7 @@ from experiments.reporting.finished_runs import (
 from experiments.reporting.pictures import write_pictures, write_sweep_pictures
 from experiments.reporting.seed_statistics import compare, describe
 from experiments.reporting.tables import QUANTITIES, diverged, sweep_tables, table, unfinished
+from experiments.terminal import tolerant_output
 
 __all__ = [
     "COMPARED", "Run", "by_method", "load_run", "load_runs", "load_settings", "load_sweep", "main",
@@ -213,6 +215,7 @@ def report_sweep(folder: str | os.PathLike[str], names: Sequence[str] | None = N
     return sweep_tables(summary) + "\n\n" + "\n".join(map(str, paths))
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -223,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
-        print(report(arguments[0]))
+        print(report(local_path("DIR", arguments[0])))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,8 @@ from typing import Literal, NoReturn, Self
 from experiments import command_line, metrics, workdir
 from experiments.comparison import Comparison, compare
 from experiments.config import Config, ConfigError
+from experiments.paths import work_folder
+from experiments.terminal import tolerant_output
 
 Where = Literal["start-up", "step", "save", "end"]
 
@@ -385,13 +387,8 @@ def _wait_for_place(
     return there and child.wait(lambda: child.saving() is None)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = command_line.Parser(
         prog="python -m experiments.soak",
         description="Kills and resumes training; compares with an undisturbed run bit for bit.",
         epilog="--config=FILE and --config.FIELD=VALUE are those of experiments.train.",
@@ -407,12 +404,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, rest if own_config else [*_SMALL, epochs, *rest]
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0 the same, 1 not so, 2 a wrong setting, 130 Ctrl-C."""
     try:
         given, words = _parse(sys.argv[1:] if argv is None else argv)
-        folder = given.workdir or f"runs/soak-{time.strftime('%Y%m%d-%H%M%S')}"
-        outcome = soak(words, pathlib.Path(folder), given.kills, given.seed)
+        default = f"runs/soak-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = work_folder(given.workdir or default)
+        outcome = soak(words, folder, given.kills, given.seed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -50,6 +50,7 @@ from experiments.programs import (
 from experiments.progress import Progress
 from experiments.run import Run, StoppedError, total_steps
 from experiments.stopping import StopRequests
+from experiments.terminal import tolerant_output
 
 _MANY = 10**6  # steps an epoch, for which no setting is too large
 
@@ -296,6 +297,7 @@ def _compile_methods(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, in processes that have found each other; returns its exit code (`guarded`)."""
     asked: command_line.CommandLine | None = None

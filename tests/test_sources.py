@@ -360,7 +360,7 @@ def test_an_alpha_channel_is_not_counted(tmp_path):
 @pytest.mark.parametrize("data_dir", ["~no such user/data", "x" * 300])
 def test_a_folder_that_cannot_be(data_dir):
     for dataset in ("folder", "pictures"):
-        with pytest.raises(ConfigError, match=r"data_dir=.*: not a folder that can be used"):
+        with pytest.raises(ConfigError, match=r"data_dir=.*: not a path that can be used"):
             open_source(dataset, data_dir)
 
 

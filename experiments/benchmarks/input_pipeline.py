@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each pipeline")
     parser.add_argument("--workers", default="1,2,3,4", help="numbers of threads or processes")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="PNG of the rates")
+    parser.add_argument("--plot", type=measuring.output, metavar="FILE", help="PNG of the rates")
     argv = sys.argv[1:] if argv is None else argv
     asked = parser.parse_args(argv)
     workers = [int(word) for word in asked.workers.split(",") if word.isdigit()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import pathlib
 import shlex
 import statistics
@@ -21,6 +20,7 @@ import sparseopt_jax as sx
 from experiments import mesh as meshes
 from experiments import metrics
 from experiments.config import ConfigError
+from experiments.paths import local_path, output_file
 from sparseopt_jax import models
 
 
@@ -37,7 +37,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument(
-        "--json", type=_file_to_append, metavar="FILE", help="file to append the result to, a line"
+        "--json", type=output, metavar="FILE", help="file to append the result to, a line"
     )
     return made
 
@@ -65,11 +65,17 @@ def memory(compiled: Any) -> Any:
     return compiled.memory_analysis()
 
 
-def _file_to_append(text: str) -> pathlib.Path:
-    path = pathlib.Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} must be a file in a folder to write to")
-    return path
+def path(text: str) -> pathlib.Path:
+    """The path of what there is, or is to be, as an argument names it."""
+    return local_path("path", text)
+
+
+def output(text: str) -> pathlib.Path:
+    """The path of a file to write, as an argument names it."""
+    try:
+        return output_file("FILE", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def append(
@@ -85,8 +91,8 @@ def append(
     """
     if asked.json is None:
         return
-    file = str(asked.json)
-    words = [word for word in argv if word not in ("--json", f"--json={file}", file)]
+    file = asked.json
+    words = [w for w in argv if w != "--json" and path(w.removeprefix("--json=")) != file]
     record = {
         "benchmark": made.prog.rpartition(".")[2],
         "command": shlex.join([*made.prog.split(), *words]),

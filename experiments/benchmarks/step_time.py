@@ -78,18 +78,24 @@ class Training:
 def parse(argv: Sequence[str]) -> tuple[Any, Any, Config]:
     """The parser, what it parsed, and the sparse config."""
     parser = measuring.parser("step_time", "Time of a sparse train step over the dense one's.")
-    parser.add_argument("--config", metavar="FILE", help="a config; by default ResNet-20's")
+    parser.add_argument(
+        "--config", type=measuring.path, metavar="FILE", help="a config; by default ResNet-20's"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed steps, at least 1 (15)")
     parser.add_argument("--image_size", type=int, default=32, help="pixels, at least 8 (32)")
-    parser.add_argument("--trace", type=pathlib.Path, metavar="DIR", help="where profiles go")
-    command_line.add_overrides(parser)
+    parser.add_argument("--trace", type=measuring.path, metavar="DIR", help="where profiles go")
+    config = Config(sparsity=0.9, epochs=10)
+    try:
+        shown = command_line.config_for_help(argv) or (config, "ResNet-20's config")
+    except ConfigError as error:
+        parser.error(str(error))
+    command_line.add_overrides(parser, *shown)
     asked = parser.parse_args(list(argv))
     if asked.repeats < 1 or asked.image_size < 8:
         parser.error("--repeats must be at least 1 and --image_size at least 8")
     try:
-        config = Config(sparsity=0.9, epochs=10)
         if asked.config is not None:
-            config = command_line.load_config(pathlib.Path(asked.config))
+            config = command_line.load_config(asked.config)
         config = dataclasses.replace(config, compare=(), **command_line.overrides(asked))
     except ConfigError as error:
         parser.error(str(error))

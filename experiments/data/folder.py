@@ -18,8 +18,8 @@ from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data import decode, sources
 from experiments.data.errors import DataError
-from experiments.data.paths import local_folder
 from experiments.data.sources import Example
+from experiments.paths import local_path
 
 TRAIN = "train"
 EVALUATION = ("test", "validation", "val", "valid")
@@ -102,7 +102,7 @@ def open_folder(
         raise ConfigError(
             f"{argument} is empty; dataset=folder needs a folder of {layout}", stand_ins=own
         )
-    root = local_folder(argument, data_dir)
+    root = local_path(argument, data_dir)
     if not root.is_dir():
         raise ConfigError(
             f"{argument}={data_dir}: no such folder; it must hold {layout}", stand_ins=own

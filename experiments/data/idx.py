@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
-from experiments.data.paths import local_folder
+from experiments.paths import local_path
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 2051, 2049  # magic numbers: unsigned bytes in 3 dimensions, and in 1
@@ -46,7 +46,7 @@ def read_folder(
       ConfigError: a file is not there.
       DataError: a file does not hold what it should.
     """
-    folder = local_folder("--idx_dir", idx_dir)
+    folder = local_path("--idx_dir", idx_dir)
     if not folder.is_dir():
         raise ConfigError(f"--idx_dir={idx_dir}: no such folder")
     paths = {

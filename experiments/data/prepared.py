@@ -15,7 +15,7 @@ from experiments.command_line import closest
 from experiments.config import ConfigError
 from experiments.data.errors import DataError
 from experiments.data.folder import PREFIX
-from experiments.data.paths import local_folder
+from experiments.paths import local_path
 
 FORMAT = "array_record"
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -57,7 +57,7 @@ def find_folder(name: Name, data_dir: str) -> pathlib.Path:
             stand_ins={"data_dir": "DIR"},
         )
     command = prepare_command(name, data_dir)
-    root = local_folder("data_dir", data_dir)
+    root = local_path("data_dir", data_dir)
     if not root.is_dir():
         raise ConfigError(f"data_dir={data_dir}: no such folder; to make it: {command}")
     base = root / str(name)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import command_line
-from experiments.config import SPECS, ConfigError
+from experiments.config import SPECS, Config, ConfigError
 from experiments.paper.catalogue import BY_NAME
 from experiments.paper.reproductions import Reproduction, Setting, settings_of
 from experiments.paper.side_by_side import QUANTITIES
+from experiments.paths import work_folder
 
 _SHORT = ("dataset", "data_dir", "seeds")
 """Fields that have an argument of their own name as well."""
@@ -57,7 +58,7 @@ class Request:
         return f"python -m experiments.reproduce {shlex.join(words)}"
 
 
-def _parser() -> command_line.Parser:
+def _parser(argv: Sequence[str]) -> command_line.Parser:
     width = max(map(len, BY_NAME))
     names = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in BY_NAME.items())
     parser = command_line.Parser(
@@ -82,8 +83,27 @@ def _parser() -> command_line.Parser:
     )
     for name in _SHORT:
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"the same as --config.{name}")
-    command_line.add_overrides(parser)
+    config, whose, varied = _shown(argv)
+    command_line.add_overrides(parser, config, whose, varied)
     return parser
+
+
+def _shown(argv: Sequence[str]) -> tuple[Config, str, Mapping[str, Sequence[Any]]]:
+    """Whose values `--help` shows: those of the NAME that is given, on its dataset."""
+    parser = command_line.Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--dataset")
+    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    if given.name not in BY_NAME or not command_line.asks_for_help(argv):
+        return Config(), "Config", {}
+    one = BY_NAME[given.name]
+    one = one.on(given.dataset or one.base.dataset)
+    settings = settings_of(one, {}).values()
+    values = {
+        field: list(dict.fromkeys(getattr(setting.config, field) for setting in settings))
+        for field in SPECS
+    }
+    return one.base, one.name, values
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -102,7 +122,7 @@ def parse(argv: Sequence[str]) -> Request:
       >>> list(parse(["cifar100-table", "--epochs=2", "--config.sparsity=0.97"]).settings)
       ['rigl-0.97-2epochs', 'set-0.97-2epochs']
     """
-    given, unknown = _parser().parse_known_args(list(argv))
+    given, unknown = _parser(argv).parse_known_args(list(argv))
     if given.name is None:
         raise ConfigError(f"which table or figure? Names: {', '.join(BY_NAME)}")
     if given.name not in BY_NAME:
@@ -130,7 +150,7 @@ def parse(argv: Sequence[str]) -> Request:
     if reproduction.shows == "gradient_ratio":
         _check_of_ratio(reproduction, typed_words)
     settings = _settings(reproduction, overrides, epochs, typed.get("settings"))
-    workdir = pathlib.Path(given.workdir or f"runs/{reproduction.name}")
+    workdir = work_folder(given.workdir or f"runs/{reproduction.name}")
     words = (reproduction.name, *typed_words.values(), f"--workdir={workdir}")
     if epochs is not None:
         overrides["epochs"] = epochs
