@@ -23,8 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tests.helpers import jit_once
-
 
 def _data():
     rng = np.random.default_rng(0)
@@ -85,7 +83,7 @@ LINEN_DENSE = (
 
 def linen():
     net = LinenNet()
-    params = jit_once(net.init)(jax.random.key(0), X)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
     return Case(params, lambda p, x: net.apply({"params": p}, x), LINEN_KERNELS, LINEN_DENSE)
 
 
@@ -117,7 +115,7 @@ ATTENTION_BIASES = (
 
 def linen_attention():
     net = LinenAttention()
-    params = jit_once(net.init)(jax.random.key(0), X)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
     return Case(
         params,
         lambda p, x: net.apply({"params": p}, x),
@@ -284,7 +282,7 @@ def haiku():
         "mlp/~/linear_0/b",
         "mlp/~/linear_1/b",
     )
-    return Case(jit_once(net.init)(jax.random.key(0), X), net.apply, kernels, dense)
+    return Case(jax.jit(net.init)(jax.random.key(0), X), net.apply, kernels, dense)
 
 
 # --- no framework ----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
-"""Trees of parameters and masks, quick compilation, a uniformity statistic, for several tests."""
+"""Trees of parameters and masks, a uniformity statistic, for several tests."""
 
-import functools
 import itertools
 
 import jax
@@ -62,24 +61,3 @@ def subset_chi_square(masks, n, k):
 # are fixed. With 4,000 draws a subset drawn a third too often, or never, exceeds it.
 def chi_square_bound(freedom):
     return freedom + 6 * np.sqrt(2 * freedom)
-
-
-@functools.cache
-def quick_compilation():
-    """Compiler options for programs that run once, for which compiling costs more than running.
-
-    Not every version of jax knows each of them.
-    """
-    known = {}
-    for option in ({"xla_cpu_use_fusion_emitters": False},):
-        try:
-            jax.jit(lambda: 0, compiler_options=option)()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known |= option
-    return known
-
-
-def jit_once(function):
-    """``jax.jit`` with these options; which products and sums are fused is not jit's own choice."""
-    return jax.jit(function, compiler_options=quick_compilation())

@@ -14,7 +14,6 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sparseopt_jax as sx
-from tests.helpers import jit_once, quick_compilation
 from tests.optimizers import STEPS, loss, make_params, per_weight
 
 # --- one step -----------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def mesh_steps(extra: tuple[str, ...]) -> int:
 
 def on_one_device(tx: Any, extra: tuple[str, ...], first: Any) -> tuple[Any, int]:
     """The parameters and state after ``mesh_steps`` calls, and how many programs they took."""
-    step, carry = jit_once(make_step(tx, extra)), first
+    step, carry = jax.jit(make_step(tx, extra)), first
     for _ in range(mesh_steps(extra)):
         carry = step(*carry)
     return carry, step._cache_size()
@@ -341,7 +340,7 @@ def on_eight_devices(tx: Any, extra: tuple[str, ...], first: Any, kind: AxisType
     params = place(first[0], kind)
     carry = params, jax.device_put(first[1], sx.state_shardings(tx, params))
     begin = jax.tree.map(lambda x: x.sharding, carry)
-    step = jax.jit(make_step(tx, extra)).lower(*carry).compile(quick_compilation())
+    step = jax.jit(make_step(tx, extra)).lower(*carry).compile()
     elsewhere = _not_per_weight(*first)
     for _ in range(mesh_steps(extra)):
         carry = step(*carry)

@@ -28,7 +28,7 @@ from tests.framework_models import (
     nnx_pure_dict,
     nnx_state,
 )
-from tests.helpers import flat, jit_once
+from tests.helpers import flat
 
 STEPS, RATE, SPARSITY = 12, 0.1, 0.8
 
@@ -70,12 +70,12 @@ def run(build):
         case = build()
         tx = transformation(case.out_axes)
 
-        @jit_once
+        @jax.jit
         def init(params):
             opt_state = tx.init(params)
             return sx.apply_masks(params, sx.get_masks(opt_state)), opt_state
 
-        @jit_once
+        @jax.jit
         def step(params, opt_state):
             loss, grads = jax.value_and_grad(case.loss)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
@@ -155,7 +155,7 @@ def test_fan_in_and_factor_follow_the_frameworks_axes(done):
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_model_itself_runs_with_the_sparse_params(done):
     """The containers that training returned fit the framework's model, as those before did."""
-    case, predict = done.case, jit_once(done.case.predict)
+    case, predict = done.case, jax.jit(done.case.predict)
     assert jax.tree.structure(done.params) == jax.tree.structure(case.params)
     outputs = np.asarray(predict(done.params, X))
     assert outputs.shape == Y.shape
@@ -222,12 +222,12 @@ def test_linen_train_state():
     done = run(linen)
     case, tx = done.case, transformation(-1)
 
-    @jit_once
+    @jax.jit
     def create(params):
         state = TrainState.create(apply_fn=case.predict, params=params, tx=tx)
         return state.replace(params=sx.apply_masks(params, sx.get_masks(state.opt_state)))
 
-    @jit_once
+    @jax.jit
     def step(state):
         return state.apply_gradients(grads=jax.grad(case.loss)(state.params))
 
@@ -268,7 +268,7 @@ def test_equinox_loop():
     tx = transformation(0)
     model = EquinoxNet(jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    opt_state = jit_once(tx.init)(params)
+    opt_state = jax.jit(tx.init)(params)
     model = eqx.combine(sx.apply_masks(params, sx.get_masks(opt_state)), static)
 
     @eqx.filter_jit

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import sparseopt_jax as sx
-from tests.helpers import jit_once
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -68,7 +67,7 @@ def three_steps(tx):
             params = optax.apply_updates(params, updates)
         return params
 
-    return jit_once(run)(PARAMS)
+    return jax.jit(run)(PARAMS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,7 +10,7 @@ import pytest
 
 import sparseopt_jax as sx
 from tests import oracles
-from tests.helpers import KERNELS, flat, jit_once, make_params, random_masks
+from tests.helpers import KERNELS, flat, make_params, random_masks
 
 # --- init ------------------------------------------------------------------------------------
 
@@ -112,9 +112,9 @@ def test_leaves_without_elements_are_no_layers():
         topology=sx.RigL(1, 0.5, 10, begin_step=0),
         batch_axes={"stack": 0},
     )
-    opt_state = jit_once(tx.init)(params)
+    opt_state = jax.jit(tx.init)(params)
     assert list(flat(opt_state.fan_in)) == ["a"]
-    updates, opt_state = jit_once(tx.update)(params, opt_state, params)
+    updates, opt_state = jax.jit(tx.update)(params, opt_state, params)
     masks = sx.get_masks(opt_state)
     assert [mask.shape for mask in masks.values()] == [p.shape for p in params.values()]
     assert int(masks["a"].sum()) == 12

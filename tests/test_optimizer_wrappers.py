@@ -12,7 +12,6 @@ import pytest
 from jax.sharding import AxisType
 
 import sparseopt_jax as sx
-from tests.helpers import jit_once
 from tests.optimizer_runs import (
     TOPOLOGIES,
     UPDATE_STEPS,
@@ -136,13 +135,13 @@ def test_inside(name):
     """Static, SET and RigL, two seeds each, under jit, vmap and scan, beside a dense control."""
     extra, begin = EXTRA.get(name, ()), functools.partial(start_of, name)
     if name != "sparseopt":  # It needs masks.
-        _, finite, _ = jit_once(dense_run(INSIDE[name], extra, begin))()
+        _, finite, _ = jax.jit(dense_run(INSIDE[name], extra, begin))()
         assert np.asarray(finite).all()
     run = sparse_run(
         lambda topology, key: sparse(watched(INSIDE[name]()), topology, key), extra, begin
     )
     keys = jax.random.split(jax.random.key(0), 2)
-    record, (_, state) = jit_once(topologies_and_seeds(run, keys))()
+    record, (_, state) = jax.jit(topologies_and_seeds(run, keys))()
     check(record, finite=True)
     check_topologies(record)
     if "named_chain" not in name:  # Its state is an OrderedDict, which msgpack does not take.
@@ -174,7 +173,7 @@ def restored(state):
 def test_around(name):
     run = sparse_run(lambda topology, key: around(AROUND[name], topology, key, watched))
     keys = jax.random.split(jax.random.key(0), 2)
-    record, (_, state) = jit_once(topologies_and_seeds(run, keys))()
+    record, (_, state) = jax.jit(topologies_and_seeds(run, keys))()
     check(record, finite=True)
     changed = np.asarray(record.masks_changed)
     for topology, steps in zip(TOPOLOGIES, changed, strict=True):
@@ -187,7 +186,7 @@ def test_around(name):
 def test_topology_updates_follow_the_wrapped_steps(name):
     """The masks change where the wrapper's calls reach the fifth, tenth, ... step within."""
     run = sparse_run(lambda topology, key: around(AROUND[name], topology, key, watched))
-    record, _ = jit_once(lambda key: run(TOPOLOGIES["set"], key))(jax.random.key(0))
+    record, _ = jax.jit(lambda key: run(TOPOLOGIES["set"], key))(jax.random.key(0))
     calls = np.arange(STEPS)
     if "MultiSteps" in name:
         calls = calls[1::2]
@@ -201,7 +200,7 @@ def test_what_is_not_finite_changes_nothing():
     """apply_if_finite and MultiSteps that skip hold the whole state, topology included."""
     for name in ("optax.apply_if_finite", "optax.MultiSteps, skipping"):
         tx = around(AROUND[name], TOPOLOGIES["rigl"])
-        params, state = jit_once(lambda tx=tx: start(tx, make_params()))()
+        params, state = jax.jit(lambda tx=tx: start(tx, make_params()))()
         grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
         updates, after = jax.jit(tx.update)(grads, state, params)
         assert_same_bits(sx.get_masks(state), sx.get_masks(after))
@@ -215,17 +214,17 @@ def test_what_changes_its_updates_breaks_zeros():
             sparse(watched(optax.sgd(1e-2)), topology, key), optax.scale(0.5)
         )
     )
-    record, _ = jit_once(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
+    record, _ = jax.jit(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
     assert np.asarray(record.zeros_hold)[: UPDATE_STEPS[0]].all()
     assert not np.asarray(record.zeros_hold)[UPDATE_STEPS[0]]
 
 
 def by_hand(tx, grads_of, steps=UPDATE_STEPS[0] + 2):
     """A loop over steps, for what no scan can hold; asserts counts and zeros."""
-    params, state = jit_once(lambda: start(tx, make_params()))()
+    params, state = jax.jit(lambda: start(tx, make_params()))()
     first = jax.tree.leaves(sx.get_masks(state))
 
-    @jit_once
+    @jax.jit
     def step(params, state):
         updates, state = tx.update(grads_of(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -269,7 +268,7 @@ def test_eight_devices_equal_one(name, kind):
         tx = around(AROUND[name.removeprefix("around: ")], TOPOLOGIES["rigl"])
     else:
         tx = sparse(INSIDE[name](), TOPOLOGIES["rigl"])
-    first = jit_once(lambda: start(tx, start_of(name)))()
+    first = jax.jit(lambda: start(tx, start_of(name)))()
     alone, programs = on_one_device(tx, (), first)
     assert programs == 1
     assert_same_run(alone, on_eight_devices(tx, (), first, kind))

@@ -17,7 +17,6 @@ from jax.sharding import AxisType
 
 import sparseopt_jax as sx
 from tests import optimizers
-from tests.helpers import jit_once
 from tests.optimizer_runs import (
     TOPOLOGIES,
     UPDATE_STEPS,
@@ -99,12 +98,12 @@ ROUNDS_ONCE_MORE = {"optax.contrib.cocob"}
 @every_optimizer
 def test_counts_zeros_slots_and_schedules(name, row):
     """Static, SET and RigL, two seeds each, under jit, vmap and scan, beside a dense control."""
-    dense_moved, dense_finite, dense_state = jit_once(
+    dense_moved, dense_finite, dense_state = jax.jit(
         dense_run(lambda: row.make(rate_of(row)), row.extra)
     )()
     keys = jax.random.split(jax.random.key(0), 2)
     run = sparse_run(watched_tx(row), row.extra)
-    record, (_, state) = jit_once(topologies_and_seeds(run, keys))()
+    record, (_, state) = jax.jit(topologies_and_seeds(run, keys))()
     check(record, finite=np.asarray(dense_finite).all())
     check_topologies(record)
 
@@ -130,14 +129,14 @@ NOT_BFLOAT16 = {
 def test_bfloat16(name, row):
     """RigL, and the state saved with flax.serialization and restored at the end of it."""
     params = functools.partial(make_params, jnp.bfloat16)
-    dense = jit_once(dense_run(lambda: row.make(rate_of(row)), row.extra, params))
+    dense = jax.jit(dense_run(lambda: row.make(rate_of(row)), row.extra, params))
     if name in NOT_BFLOAT16:
         with pytest.raises(TypeError):
             dense()
         return
     _, finite, _ = dense()
     run = sparse_run(watched_tx(row), row.extra, params)
-    record, (last, state) = jit_once(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
+    record, (last, state) = jax.jit(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
     check(record, finite=np.asarray(finite).all())
     assert np.asarray(record.masks_changed)[UPDATE_STEPS[0]]
     assert {p.dtype.name for p in jax.tree.leaves(last)} == {"bfloat16"}
@@ -172,7 +171,7 @@ def test_stateless_transformations():
     chain = optax.chain(*(row.make(rate_of(row)) for row in STATELESS.values()))
     run = sparse_run(lambda topology, key: sparse(watched(chain), topology, key), ("value",))
     keys = jax.random.split(jax.random.key(0), 2)
-    record, _ = jit_once(topologies_and_seeds(run, keys))()
+    record, _ = jax.jit(topologies_and_seeds(run, keys))()
     check(record, finite=True)
 
 
@@ -180,8 +179,8 @@ def test_stateless_transformations():
 def test_vmap_over_seeds_equals_single_runs(name, row):
     rigl = functools.partial(sparse_run(watched_tx(row), row.extra), TOPOLOGIES["rigl"])
     keys = jax.random.split(jax.random.key(0), 2)
-    batched, (batched_params, _) = jit_once(jax.vmap(rigl))(keys)
-    single = jit_once(rigl)
+    batched, (batched_params, _) = jax.jit(jax.vmap(rigl))(keys)
+    single = jax.jit(rigl)
     for i, key in enumerate(keys):
         record, (params, _) = single(key)
         np.testing.assert_array_equal(record.masks, batched.masks[i])
@@ -194,7 +193,7 @@ def test_stale_slots_are_seen(monkeypatch):
     module = importlib.import_module("sparseopt_jax.sparse_training")
     monkeypatch.setattr(module, "reset_inactive", lambda state, *_: state)
     run = sparse_run(watched_tx(ROWS["optax.adam"]), steps=7)
-    record, _ = jit_once(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
+    record, _ = jax.jit(lambda key: run(TOPOLOGIES["rigl"], key))(jax.random.key(0))
     stale = np.asarray(record.stale)
     assert stale[UPDATE_STEPS[0] - 1] == 0
     assert stale[UPDATE_STEPS[0]] > 0
@@ -209,12 +208,12 @@ def test_slots_after_an_update_by_hand(name, row):
         topology=TOPOLOGIES["rigl"],
         automatic=False,
     )
-    carry = jit_once(lambda: start(tx, make_params()))()
-    step = jit_once(make_step(tx, row.extra))
+    carry = jax.jit(lambda: start(tx, make_params()))()
+    step = jax.jit(make_step(tx, row.extra))
     carry = step(*step(*carry))
     params, state = carry
     before = sx.get_masks(state)
-    update = jit_once(lambda p, s: sx.update_topology(tx, s, p, jax.grad(optimizers.loss)(p)))
+    update = jax.jit(lambda p, s: sx.update_topology(tx, s, p, jax.grad(optimizers.loss)(p)))
     params, state = update(params, state)
     changed = jax.tree.map(lambda m, n: bool((m != n).any()), before, sx.get_masks(state))
     assert changed["Dense_0"]["kernel"]
@@ -230,7 +229,7 @@ def test_a_projector_of_its_matrix_shape_is_no_slot(shape):
     )
     rng = np.random.default_rng(0)
     carry = start(tx, {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)})
-    step = jit_once(make_step(tx, ()))
+    step = jax.jit(make_step(tx, ()))
     for _ in range(3):
         carry = step(*carry)
         projector = np.asarray(carry[1].inner_state[0].projector["kernel"])
@@ -300,7 +299,7 @@ def test_eight_devices_equal_one(name, row):
     """In Auto and Explicit mode; the sharding of weights, masks and per-weight slots stays."""
     inner = row.make(rate_of(row))
     tx = sparse(inner, TOPOLOGIES["rigl"])
-    first = jit_once(lambda: start(tx, make_params()))()
+    first = jax.jit(lambda: start(tx, make_params()))()
     alone, programs = on_one_device(tx, row.extra, first)
     changed = changed_kinds(inner, row.extra, jax.eval_shape(make_params), lambda state: state)
     assert programs == 1 + bool(changed)
@@ -317,8 +316,8 @@ def test_eight_devices_equal_one(name, row):
 @pytest.mark.parametrize("name", ["optax.adam", "optax.lbfgs", "optax.sm3", "optax.contrib.muon"])
 def test_orbax_restores_the_state_bit_for_bit(name, row, tmp_path):
     tx = sparse(row.make(rate_of(row)), TOPOLOGIES["rigl"])
-    carry = jit_once(lambda: start(tx, make_params()))()
-    step = jit_once(make_step(tx, row.extra))
+    carry = jax.jit(lambda: start(tx, make_params()))()
+    step = jax.jit(make_step(tx, row.extra))
     for _ in range(7):
         carry = step(*carry)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
