@@ -23,6 +23,7 @@ import sparseopt_jax as sx
 from experiments import metrics
 from experiments.config import ConfigError
 from experiments.paths import output_file
+from experiments.terminal import tolerant_output
 from sparseopt_jax import models
 from sparseopt_jax.flops import ModelFLOPs, flops
 
@@ -164,6 +165,7 @@ def verdict(found: dict[str, Any]) -> str:
     )
 
 
+@tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.flops")

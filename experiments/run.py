@@ -121,7 +121,7 @@ class Run:
             self._checkpoints = stack.enter_context(
                 Checkpoints(self._folder, config.keep_last, config.keep_best, self._say)
             )
-            with self._progress.doing("reading the checkpoint"):
+            with self._progress.doing("looking for a checkpoint"):
                 saved = self._done() if self._restore() else None
             for record in self._records:
                 record.open(stack, self._at.step, self._say)
@@ -146,7 +146,8 @@ class Run:
                 if stopped:
                     raise StoppedError(f"{self._name}, at step {self._at.step}")
                 self._advance(stepper)
-        self._finish()
+        with self._progress.doing("writing the result"):
+            self._finish()
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, markup=False)

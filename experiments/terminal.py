@@ -17,9 +17,9 @@ def tolerant_output() -> Iterator[None]:
     r"""While the body runs, printing never fails for a character that the output cannot encode.
 
     Such a character comes out in ASCII: `+/-` for ±, an escape such as `\xe9` for others, among
-    them the bytes of file names that are not UTF-8. Every command's `main` is decorated with it.
-    What a user has chosen by PYTHONIOENCODING other than "strict" stays, and so does a stream that
-    is not a text file, as a notebook's.
+    them the bytes of file names that are not UTF-8. What a user has chosen by PYTHONIOENCODING
+    other than "strict" stays, and so does a stream that is not a text file, as a notebook's. The
+    `main` of each command is decorated with it.
 
     Example:
       >>> with tolerant_output():

@@ -172,8 +172,20 @@ def train_missing(
     steps = total_steps(config, dataset)
     epochs = -(-steps // data.steps_per_epoch(config, dataset))  # `steps` may cut them short
 
+    def compiled(groups: Groups) -> Groups:
+        methods = [m for m in config.methods() if any(m == method for method, _ in todo)]
+        what, printed = f"{prefix}compiling {', '.join(methods)}, once for all seeds", True
+        while True:
+            with progress.doing(what, printed):
+                found = next(groups, None)
+            if found is None:
+                return
+            yield found
+            printed = False
+            del found  # before the next one is compiled
+
     def train_all(groups: Groups) -> None:
-        for group, checkpoints in groups:
+        for group, checkpoints in compiled(groups):
             folders = [workdir.run_folder(folder, m.method, m.seed) for m in group.members]
             left = sum(not (path / "result.json").is_file() for path in folders)
             run = Run(group, dataset, folders, checkpoints, progress, stop)
@@ -188,7 +200,7 @@ def train_missing(
                     members = {(member.method, member.seed) for member in group.members}
                     runs = [run for run in workdir.missing(config, folder) if run in members]
                     progress.console.print(f"{error}\none by one, then:", markup=False)
-                    train_all(_singles(config, folder, runs, dataset, group.model, progress))
+                    train_all(_singles(config, folder, runs, dataset, group.model))
                 else:
                     progress.skipped(1, steps)
                     diverged(group.members[0], error)
@@ -201,7 +213,7 @@ def train_missing(
         with progress.doing(f"{prefix}compiling {config.model}", printed=True):
             model = compile_model(config, dataset)
         make = _batched if batches_runs(config, dataset) else _singles
-        train_all(make(config, folder, todo, dataset, model, progress))
+        train_all(make(config, folder, todo, dataset, model))
     if main:
         workdir.merge_metrics(folder)  # it may have been stopped just before
         workdir.merge_results(folder)
@@ -241,15 +253,11 @@ def _singles(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
-    progress: Progress,
 ) -> Groups:
-    methods = [m for m in config.methods() if any(m == n for n, _ in todo)]
-    what = f"compiling {', '.join(methods)}, once for all seeds"
-    with progress.doing(what, printed=True):
-        programs = _compile_methods(
-            {method: config.for_method(method) for method in methods},
-            lambda method_config: compile_method(method_config, dataset, model),
-        )
+    programs = _compile_methods(
+        {m: config.for_method(m) for m in config.methods() if any(m == n for n, _ in todo)},
+        lambda method_config: compile_method(method_config, dataset, model),
+    )
     for method, seed in todo:
         member = Member(config.for_method(method), seed)
         group = Single(member, model, programs[method], dataset)
@@ -262,7 +270,6 @@ def _batched(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
-    progress: Progress,
 ) -> Groups:
     assert isinstance(dataset, data.DeviceData)
     for own_folder, runs in workdir.together(config, folder, todo):
@@ -270,10 +277,7 @@ def _batched(
         metrics.write_json(own_folder / "runs.json", runs)
         members = [Member(config.for_method(method), seed) for method, seed in runs]
         steps_per_call = choose_steps_per_call(config, dataset)
-        methods = ", ".join(dict.fromkeys(member.method for member in members))
-        with progress.doing(f"compiling {methods}, all in one program", printed=True):
-            group = Batched(members, model, dataset, steps_per_call)
-        yield group, own_folder / "checkpoints"
+        yield Batched(members, model, dataset, steps_per_call), own_folder / "checkpoints"
 
 
 def devices(dataset: data.Data) -> str:
