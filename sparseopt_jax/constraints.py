@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax.masks import check_masks, is_hidden
+from sparseopt_jax.masks import fitting
 from sparseopt_jax.preconditioner import MissingMasksError
+from sparseopt_jax.trees import aligned, boxed_like, is_absent, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -52,7 +53,9 @@ def zero_inactive() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[PyTree, optax.EmptyState]:
         del params, extra_args
-        return where_active(_given("zero_inactive", masks, updates), updates), state
+        grads = unboxed(updates)
+        masks = _given("zero_inactive", masks, grads)
+        return boxed_like(where_active(masks, grads), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
@@ -98,7 +101,10 @@ def keep_params_masked() -> optax.GradientTransformationExtraArgs:
             raise ValueError(
                 "params is missing: keep_params_masked needs update(grads, opt_state, params)"
             )
-        return kept_masked(_given("keep_params_masked", masks, updates), updates, params), state
+        steps = unboxed(updates)
+        masks = _given("keep_params_masked", masks, steps)
+        params = aligned(params, steps, ("params", "updates"), surplus=True)
+        return boxed_like(kept_masked(masks, steps, params), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
@@ -106,10 +112,10 @@ def keep_params_masked() -> optax.GradientTransformationExtraArgs:
 def where_active(masks: PyTree, tree: PyTree) -> PyTree:
     """``tree`` with zeros where masks are False; leaves without a mask as they are."""
     return jax.tree.map(
-        lambda m, a: a if is_hidden(m) else jnp.where(m, a, jnp.zeros_like(a)),
+        lambda m, a: a if is_absent(m) else jnp.where(m, a, jnp.zeros_like(a)),
         masks,
         tree,
-        is_leaf=is_hidden,
+        is_leaf=is_absent,
     )
 
 
@@ -117,25 +123,20 @@ def kept_masked(masks: PyTree, updates: PyTree, params: PyTree) -> PyTree:
     """``updates`` that take inactive weights to exactly 0, in a dtype that holds ``-w``."""
 
     def keep(mask: Any, update: Any, weight: Any) -> Any:
-        if is_hidden(mask) or is_hidden(update):
+        if is_absent(mask) or is_absent(update):
             return update
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.promote_types(update.dtype, weight.dtype)
         return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
 
-    return jax.tree.map(keep, masks, updates, params, is_leaf=is_hidden)
+    return jax.tree.map(keep, masks, updates, params, is_leaf=is_absent)
 
 
 def _given(name: str, masks: PyTree | None, updates: PyTree) -> PyTree:
-    """The masks, checked; without one where ``optax.masked`` hides the update."""
+    """The masks of the updates, checked; none where ``optax.masked`` hides the update."""
     if masks is None:
         raise MissingMasksError(
             f"masks is missing: {name} needs the masks of the weights, "
             "update(grads, state, params, masks=masks)"
         )
-    if any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
-        return jax.tree.map(
-            lambda u, m: u if is_hidden(u) else m, updates, masks, is_leaf=is_hidden
-        )
-    check_masks(masks, updates)
-    return masks
+    return fitting(masks, updates)

@@ -16,10 +16,11 @@ import numpy as np
 
 from sparseopt_jax.axes import AxesByPath, kernel_axes
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
+from sparseopt_jax.masks import apply_masks, check_masks, fitting
 from sparseopt_jax.preconditioner import neuron_fan_in, scale_by_sparseopt
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.settings import as_int, check_function
+from sparseopt_jax.trees import is_hidden, named_leaves, path_str, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -103,7 +104,7 @@ def gradient_skew(
 
     Args:
       grads: gradients of the weights; those of inactive weights are left out of account.
-      masks: bool arrays of the same structure and shapes.
+      masks: bool arrays of the same paths and shapes, held in any way.
       out_axes: see ``scale_by_sparseopt``.
       batch_axes: see ``scale_by_sparseopt``.
       average_over: see ``scale_by_sparseopt``.
@@ -132,7 +133,9 @@ def gradient_skew(
       0.3218 1.2649
     """
     tx = scale_by_sparseopt(average_over, out_axes, layers, batch_axes=batch_axes)
+    grads = unboxed(grads)
     counts = neuron_fan_in(masks, grads, out_axes, batch_axes, None, layers)
+    masks = fitting(masks, grads)
     # By path, the axes that lie within one layer: all of them but a stack's batch axes.
     within = {}
     for path, count in named_leaves(counts).items():
@@ -210,7 +213,7 @@ def gradient_norm(grads: PyTree, masks: PyTree | None = None) -> Array:
 
     Args:
       grads: pytree of floating arrays.
-      masks: bool arrays of the same structure and shapes, or None for all weights.
+      masks: bool arrays of the same paths and shapes, held in any way, or None for all weights.
 
     Returns:
       float32 scalar, added up in float32 whatever the dtype of ``grads``. A value that is not
@@ -228,8 +231,7 @@ def gradient_norm(grads: PyTree, masks: PyTree | None = None) -> Array:
       (5.0, 13.0)
     """
     if masks is not None:
-        check_masks(masks, grads)
-        grads = jax.tree.map(lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), grads, masks)
+        grads = apply_masks(grads, masks)
     squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
@@ -256,9 +258,10 @@ def hessian_top_eigenvalue(
       loss: function of the parameters alone to a floating scalar; it fixes the batch itself. It is
         given float32 weights where ``params`` has bfloat16 or float16, so that only what it does
         itself is of lower precision.
-      params: pytree of floating arrays, where the Hessian is taken.
+      params: pytree of floating arrays, where the Hessian is taken; of an Equinox model the arrays
+        alone, ``eqx.filter(model, eqx.is_inexact_array)``.
       key: a JAX random key for the first vector.
-      masks: bool arrays of the structure and shapes of ``params``. The Hessian is then that of the
+      masks: bool arrays of the paths and shapes of ``params``. The Hessian is then that of the
         active weights alone, rows and columns of all others left out; set ``params`` to zero there
         first (``apply_masks``) to have the sparse network's.
       iterations: how many products, at least 1. It ends by itself once the vectors span all that
@@ -296,7 +299,7 @@ def hessian_top_eigenvalue(
     params = jax.tree.map(lambda p: jnp.asarray(p).astype(dtype), params)
 
     def active(vector: PyTree) -> PyTree:
-        return jax.tree.map(lambda v, m: jnp.where(m, v, jnp.zeros_like(v)), vector, masks)
+        return apply_masks(vector, masks)
 
     def scalar_loss(params: PyTree) -> Array:
         value = loss(params)
@@ -401,9 +404,10 @@ def _checked_dtype(params: PyTree) -> Any:
     if not leaves:
         raise ValueError("params must have at least one leaf, got none")
     for path, leaf in leaves.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params leaf {path!r} must be floating, got {leaf.dtype}: leave it out of params "
+                f"params leaf {path!r} must be floating, got {dtype}: leave it out of params "
                 "and close over it in loss"
             )
     return jnp.float64 if any(p.dtype == jnp.float64 for p in leaves.values()) else jnp.float32

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from sparseopt_jax.masks import check_masks, named_leaves
+from sparseopt_jax.masks import fitting
 from sparseopt_jax.topology import SET, RigL, Static
+from sparseopt_jax.trees import is_array, named_leaves, unboxed
 
 PyTree: TypeAlias = Any
 _Equation: TypeAlias = Any  # jax.extend.core.JaxprEqn; importing that would import Pallas too.
@@ -135,8 +136,8 @@ def flops(
     Args:
       function: maps ``params`` and the other arguments to arrays, for example
         ``lambda params, x: model.apply({"params": params}, x)``.
-      params: pytree of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
-      masks: concrete bool arrays in the structure of ``params``; or densities in [0, 1] by path,
+      params: pytree of arrays, or of their shapes and dtypes alone; an Equinox model as it is.
+      masks: concrete bool arrays of the paths of ``params``; or densities in [0, 1] by path,
         ``{"Dense_0/kernel": 0.1}``, parameters without one being dense; or None, all dense.
       *args: arrays or ``jax.ShapeDtypeStruct`` in any pytree; other leaves are passed as they are.
         Give the batch an axis of 1 to count a single example.
@@ -169,18 +170,18 @@ def flops(
     if not callable(function):
         raise TypeError(f"function must be callable as function(params, ...), got {function!r}")
     densities = _densities(params, masks)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
+    leaves, structure = jax.tree.flatten((params, args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}
 
-    def traced(params: PyTree, arrays: Mapping[int, Any]) -> Any:
+    def traced(arrays: Mapping[int, Any]) -> Any:
         merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, merged)
+        params, args, kwargs = jax.tree.unflatten(structure, merged)
         return function(params, *args, **kwargs)
 
-    jaxpr = jax.make_jaxpr(traced)(params, arrays)
+    jaxpr = jax.make_jaxpr(traced)(arrays)
     counter = _Counter()
-    kernels = (_Kernel(density, ((path, Fraction(1)),)) for path, density in densities.items())
-    counter.walk(jaxpr, [*kernels, *[_DATA] * len(arrays)], 1)
+    kernels = [_Kernel(density, ((path, Fraction(1)),)) for path, density in densities.items()]
+    counter.walk(jaxpr, kernels + [_DATA] * (len(arrays) - len(kernels)), 1)
 
     uncounted = [path for path, d in densities.items() if d != 1 and path not in counter.read]
     if uncounted:
@@ -199,12 +200,11 @@ def flops(
 
 
 def _densities(params: PyTree, masks: PyTree | None) -> dict[str, Fraction]:
-    """Exact share of active weights by path."""
-    densities = dict.fromkeys(named_leaves(params), Fraction(1))
-    given = named_leaves(masks)
+    """Exact share of active weights by path, of all arrays of ``params``."""
+    arrays = [path for path, leaf in named_leaves(params).items() if is_array(leaf)]
+    densities, given = dict.fromkeys(arrays, Fraction(1)), named_leaves(masks)
     if any(getattr(leaf, "dtype", None) == np.bool_ for leaf in given.values()):
-        check_masks(masks, params)
-        for path, mask in given.items():
+        for path, mask in named_leaves(fitting(masks, unboxed(params))).items():
             if isinstance(mask, jax.core.Tracer | jax.ShapeDtypeStruct):
                 raise TypeError(
                     f"masks leaf {path!r} must be a concrete array, whose active weights can be "

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from sparseopt_jax.masks import path_str
+from sparseopt_jax.trees import path_str
 
 PyTree: TypeAlias = Any
 _Jaxpr: TypeAlias = Any  # jax.extend.core.Jaxpr; importing that would import Pallas too.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax.masks import is_hidden
+from sparseopt_jax.trees import is_absent
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -115,14 +115,14 @@ def ham(
 
         def multiply(step: Any, weight: Any, grad: Any) -> Any:
             if (
-                is_hidden(step)
+                is_absent(step)
                 or jnp.ndim(step) < 2
                 or not jnp.issubdtype(step.dtype, jnp.floating)
             ):
                 return step
             return _multiplied(step, weight, grad, rate, alpha, beta)
 
-        steps = jax.tree.map(multiply, steps, params, updates, is_leaf=is_hidden)
+        steps = jax.tree.map(multiply, steps, params, updates, is_leaf=is_absent)
         return steps, HamState(optax.safe_increment(state.step), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -21,8 +21,9 @@ from sparseopt_jax.axes import (
     to_layers,
 )
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.masks import check_masks, path_str
+from sparseopt_jax.masks import fitting
 from sparseopt_jax.stacks import Layout, Rows, Stacks
+from sparseopt_jax.trees import aligned, boxed_like, named_leaves, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -52,14 +53,12 @@ def update_layerwise(
     single CPU device, where nothing can be sharded, all small layers lie in the rows of one array,
     which compiles faster. The masks are the same, bit for bit.
     """
-    check_masks(masks, params)
-    if jax.tree.structure(scores) != jax.tree.structure(params):  # type: ignore[operator]
-        raise ValueError(
-            "scores must have the tree structure of params, got "
-            f"{jax.tree.structure(scores)} against {jax.tree.structure(params)}"
-        )
+    boxed, masks = masks, unboxed(masks)
+    params = aligned(params, masks, ("params", "masks"), surplus=True)
+    scores = aligned(scores, masks, ("scores", "masks"))
+    fitting(masks, params)
     leaves, structure = jax.tree.flatten(masks)
-    paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(masks)]
+    paths = list(named_leaves(masks))
     batches = [
         axes_of_stack(path, mask.ndim, batch_axes) for path, mask in zip(paths, leaves, strict=True)
     ]
@@ -70,7 +69,7 @@ def update_layerwise(
                 f"scores leaf {path!r} has shape {jnp.shape(score)}, its mask {mask.shape}"
             )
     if not leaves:
-        return masks
+        return boxed
 
     stacked = _stacked(*trees, batches)
 
@@ -88,9 +87,8 @@ def update_layerwise(
             )
         return found
 
-    return jax.tree.unflatten(
-        structure, in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)
-    )
+    updated = in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)
+    return boxed_like(jax.tree.unflatten(structure, updated), boxed)
 
 
 @dataclass(frozen=True)

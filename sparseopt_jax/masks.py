@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sparseopt_jax.axes import (
     Axes,
@@ -30,6 +29,15 @@ from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import checked_size, is_selectable, random_masks
 from sparseopt_jax.settings import check_function
 from sparseopt_jax.stacks import Layout
+from sparseopt_jax.trees import (
+    aligned,
+    boxed_like,
+    is_absent,
+    listed,
+    named_leaves,
+    path_str,
+    unboxed,
+)
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -55,21 +63,6 @@ class Distribution(Protocol):
     def layer_counts(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Number of weights that each layer keeps, from the layers' shapes by path."""
         ...
-
-
-def path_str(path: tuple[Any, ...]) -> str:
-    """A key path of ``jax.tree_util`` as ``"a/b/c"``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def is_hidden(leaf: Any) -> bool:
-    """Whether a node stands for a leaf that is left out of a tree, as in ``optax.masked``."""
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path, in the tree's order."""
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class Layers(NamedTuple):
@@ -128,7 +121,7 @@ def maskable_layers(
         raise ValueError(
             "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
             "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
-            f"params has {_listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
+            f"params has {listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
         )
     return layers
 
@@ -169,6 +162,7 @@ def init_masks(
       >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
       (8, 4)
     """
+    boxed, params = params, unboxed(params)
     layers = maskable_layers(params, prunable, batch_axes)
     counts = layer_counts(
         distribution, {name: leaf.shape for leaf in layers.values() for name in leaf.names}
@@ -177,9 +171,10 @@ def init_masks(
     alike: dict[tuple[int, ...], list[str]] = {}
     for path, leaf in layers.items():
         alike.setdefault(leaf.shape, []).append(path)
-    k = jnp.array(
+    # NumPy's, since a jax.Array made under an Explicit mesh is of no use inside in_auto_mode.
+    k = np.array(
         [counts[name] for paths in alike.values() for p in paths for name in layers[p].names],
-        jnp.int32,
+        np.int32,
     )
     stacked = tuple(
         (sum(len(layers[path].names) for path in paths), *shape) for shape, paths in alike.items()
@@ -187,11 +182,9 @@ def init_masks(
 
     def draw(key: Array) -> PyTree:
         masks = {}
-        for stack, paths in zip(
-            random_masks(key, Layout(stacked, (None,) * len(stacked)), k),
-            alike.values(),
-            strict=True,
-        ):
+        layout = Layout(stacked, (None,) * len(stacked))
+        stacks = random_masks(key, layout, jnp.asarray(k))
+        for stack, paths in zip(stacks, alike.values(), strict=True):
             start = 0
             for path in paths:
                 end = start + len(layers[path].names)
@@ -206,15 +199,16 @@ def init_masks(
 
         return jax.tree_util.tree_map_with_path(init, params)
 
-    return in_auto_mode(draw, like=params)(key)
+    return boxed_like(in_auto_mode(draw, like=params)(key), boxed)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """Set the weights that are not active to exactly zero.
 
     Args:
-      params: pytree of arrays.
-      masks: bool arrays of the same structure and shapes.
+      params: pytree of arrays, or a whole Equinox model.
+      masks: bool arrays of the same paths and shapes, held in any way; None for leaves that stay
+        as they are.
 
     Returns:
       ``params`` with zeros where the masks are False; also where a weight was NaN or infinite.
@@ -230,8 +224,16 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       >>> sx.apply_masks(params, masks)["w"].tolist()
       [1.0, 0.0]
     """
-    check_masks(masks, params)
-    return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, masks)
+    weights = unboxed(params)
+
+    def zeroed(weight: Array, mask: Array) -> Array:
+        return jnp.where(mask, weight, jnp.zeros_like(weight))
+
+    def apply(weight: Any, mask: Any) -> Any:
+        # Masks that get_masks makes of leaves that are never sparse know nothing of a mesh.
+        return weight if is_absent(mask) else in_auto_mode(zeroed, like=weight)(weight, mask)
+
+    return boxed_like(jax.tree.map(apply, weights, fitting(masks, weights)), params)
 
 
 def fan_in(mask: Array, out_axes: Axes = -1, batch_axes: Axes = ()) -> Array:
@@ -316,8 +318,8 @@ def scale_to_fan_in(
     weights are multiplied by sqrt(N / fan_in_i), and the masks are applied.
 
     Args:
-      params: pytree of floating arrays.
-      masks: bool arrays of the same structure and shapes.
+      params: pytree of floating arrays, or a whole Equinox model.
+      masks: bool arrays of the same paths and shapes; None for leaves that stay as they are.
       out_axes: see ``fan_in``; also a mapping from glob patterns over paths to axes.
       batch_axes: likewise.
 
@@ -338,9 +340,11 @@ def scale_to_fan_in(
       >>> sx.scale_to_fan_in(jnp.ones((4, 1)), mask)[:, 0].tolist()
       [2.0, 0.0, 0.0, 0.0]
     """
-    check_masks(masks, params)
+    weights = unboxed(params)
 
-    def scale(path: tuple[Any, ...], p: Array, m: Array) -> Array:
+    def scale(path: tuple[Any, ...], p: Any, m: Any) -> Any:
+        if is_absent(m):
+            return p
         name = path_str(path)
         if p.ndim - len(axes_of_stack(name, p.ndim, batch_axes)) >= 2:
             axes = kernel_axes(name, p.ndim, out_axes, batch_axes).incoming
@@ -350,37 +354,42 @@ def scale_to_fan_in(
             p = p * gain.astype(p.dtype)
         return jnp.where(m, p, jnp.zeros_like(p))
 
-    return jax.tree_util.tree_map_with_path(scale, params, masks)
+    scaled = jax.tree_util.tree_map_with_path(scale, weights, fitting(masks, weights))
+    return boxed_like(scaled, params)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:
     """Raise unless ``masks`` are bool arrays of the structure and shapes of ``params``.
 
     Args:
-      masks: what to check.
+      masks: what to check. How the leaves are held does not matter, ``nnx.Param`` or a variable of
+        an ``nnx.Optimizer``; None and ``optax.MaskedNode`` stand for leaves without a mask.
       params: the tree that they must fit; anything with shapes.
 
     Raises:
       TypeError: a mask is not bool.
-      ValueError: structure or shapes differ; the message names the first leaf that does.
+      ValueError: paths or shapes differ; the message names the leaves that do, and the cure.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import sparseopt_jax as sx
       >>> sx.check_masks({"w": jnp.ones((2, 3), bool)}, {"w": jnp.ones((2, 3))})
     """
-    if jax.tree.structure(masks) != jax.tree.structure(params):  # type: ignore[operator]
-        given, expected = named_leaves(masks), named_leaves(params)
-        missing = [path for path in expected if path not in given]
-        extra = [path for path in given if path not in expected]
-        if missing or extra:
-            detail = f"missing: {_listed(missing)}; not in params: {_listed(extra)}"
-        else:
-            detail = f"{jax.tree.structure(masks)} against {jax.tree.structure(params)}"
-        raise ValueError(f"masks must have the tree structure of params; {detail}")
-    for (path, mask), param in zip(
-        jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(params), strict=True
-    ):
+    fitting(masks, unboxed(params))
+
+
+def fitting(masks: PyTree, params: PyTree) -> PyTree:
+    """``masks`` in the containers of ``params``, which have no boxes; None where there is no mask.
+
+    Raises as ``check_masks``.
+    """
+    if masks is None:
+        raise ValueError("masks must have the tree structure of params, got None")
+    masks = aligned(masks, params, ("masks", "params"), partial=True, surplus=True)
+
+    def check(path: tuple[Any, ...], param: Any, mask: Any) -> None:
+        if is_absent(mask):
+            return
         name = f"masks leaf {path_str(path)!r}"
         _checked_bool(mask, name)
         if np.shape(mask) != np.shape(param):
@@ -389,15 +398,12 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
                 "masks must fit the parameters they were made for"
             )
 
+    jax.tree_util.tree_map_with_path(check, params, masks)
+    return masks
+
 
 def _checked_bool(mask: Any, name: str) -> Any:
     if getattr(mask, "dtype", None) != np.bool_:
         kind = getattr(mask, "dtype", type(mask).__name__)
         raise TypeError(f"{name} must be a bool array, got {kind}")
     return mask
-
-
-def _listed(names: Any, at_most: int = 8) -> str:
-    names = list(names)
-    shown = ", ".join(names[:at_most]) or "none"
-    return shown + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

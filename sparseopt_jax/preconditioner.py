@@ -24,8 +24,17 @@ from sparseopt_jax.axes import (
     check_patterns,
     kernel_axes,
 )
-from sparseopt_jax.masks import check_masks, is_hidden, named_leaves, path_str
+from sparseopt_jax.masks import fitting
 from sparseopt_jax.settings import check_function
+from sparseopt_jax.trees import (
+    aligned,
+    boxed_like,
+    is_absent,
+    is_hidden,
+    named_leaves,
+    path_str,
+    unboxed,
+)
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -70,7 +79,7 @@ def scale_by_sparseopt(
 
     Returns:
       A stateless transformation. Its ``update`` reads the extra argument ``masks`` (bool arrays in
-      the structure and shapes of the updates), which ``sparse_training`` passes by itself, and
+      the paths and shapes of the updates), which ``sparse_training`` passes by itself, and
       optionally ``fan_in``: int32 arrays of the active fan-in with the incoming axes kept as 1,
       so that the masks need not be counted again on each step. Factors are computed in float32
       and cast to the gradient's dtype.
@@ -117,8 +126,10 @@ def scale_by_sparseopt(
                 "masks is missing: scale_by_sparseopt needs the masks of the weights. Wrap the "
                 "optimizer in sparse_training, or pass update(grads, state, params, masks=masks)"
             )
-        counts = neuron_fan_in(masks, updates, out_axes, batch_axes, fan_in, layers)
-        return scale_by_fan_in(updates, counts, average_over, out_axes, batch_axes), state
+        grads = unboxed(updates)
+        counts = neuron_fan_in(masks, grads, out_axes, batch_axes, fan_in, layers)
+        scaled = scale_by_fan_in(grads, counts, average_over, out_axes, batch_axes)
+        return boxed_like(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -207,17 +218,18 @@ def neuron_fan_in(
 ) -> PyTree:
     """Active fan-in of each neuron, kept dimensions; MaskedNode for leaves that are not corrected.
 
-    ``fan_in`` are counts that were kept from an earlier step. Their shape says over which axes they
-    were summed; where those are not the incoming axes, the mask is counted again.
+    ``updates`` have no boxes, and their containers are those of the result. ``fan_in`` are counts
+    that were kept from an earlier step. Their shape says over which axes they were summed; where
+    those are not the incoming axes, the mask is counted again.
     """
+    masks = fitting(masks, updates)
     # Inside optax.masked and optax.partition, a part of the updates is replaced by MaskedNode.
     if not any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
-        check_masks(masks, updates)
         check_patterns("out_axes", out_axes, named_leaves(updates))
         check_patterns("batch_axes", batch_axes, named_leaves(updates))
 
     def count(path: tuple[Any, ...], update: Any, mask: Any, kept: Any) -> Any:
-        if is_hidden(update):
+        if is_absent(mask):
             return optax.MaskedNode()
         # What is left of a stacked bias or scale without its batch axes is no kernel.
         ndim = jnp.ndim(update)
@@ -225,7 +237,7 @@ def neuron_fan_in(
             return optax.MaskedNode()
         if layers is not None and not layers(path_str(path)):
             return optax.MaskedNode()
-        if fan_in is not None and is_hidden(kept):
+        if fan_in is not None and is_absent(kept):
             return optax.MaskedNode()
         axes = kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes)
         shape = tuple(1 if axis in axes.incoming else size for axis, size in enumerate(mask.shape))
@@ -233,8 +245,10 @@ def neuron_fan_in(
             return kept
         return jnp.sum(mask, axis=axes.incoming, keepdims=True, dtype=jnp.int32)
 
-    kept = masks if fan_in is None else fan_in
-    return jax.tree_util.tree_map_with_path(count, updates, masks, kept, is_leaf=is_hidden)
+    kept = masks
+    if fan_in is not None:
+        kept = aligned(fan_in, updates, ("fan_in", "updates"), partial=True, surplus=True)
+    return jax.tree_util.tree_map_with_path(count, updates, masks, kept)
 
 
 def scale_by_fan_in(

@@ -24,7 +24,7 @@ def default_prunable(path: str, leaf: Any) -> bool:
     """Whether a leaf is a kernel, going by its rank, its name, and the module that holds it.
 
     The path's last name is the leaf's own and the one ahead of it the module's, after the numbers
-    of lists, Haiku's ``~`` and the ``value`` in which NNX's paths end. A name is read by its words:
+    of lists, Haiku's ``~`` and ``value``, where NNX's own paths end. A name is read by its words:
     ``LayerNorm_0``, ``layer_norm`` and ``layerNorm0`` have the same two.
 
     Args:

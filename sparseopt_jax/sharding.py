@@ -10,8 +10,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparseopt_jax.explicit import following
-from sparseopt_jax.masks import named_leaves
 from sparseopt_jax.slots import owners
+from sparseopt_jax.trees import boxed_like, named_leaves, unboxed
 
 PyTree: TypeAlias = Any
 
@@ -51,7 +51,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     mesh = _mesh_of(params)
     state = jax.eval_shape(tx.init, params)
 
-    weight_at = owners(params.fast if isinstance(params, optax.LookaheadParams) else params)
+    weights = params.fast if isinstance(params, optax.LookaheadParams) else params
+    weight_at = owners(unboxed(weights))
 
     def sharding(path: tuple[Any, ...], slot: Any) -> NamedSharding:
         weight = weight_at(path)
@@ -60,7 +61,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
             return _on(mesh, slot.ndim, ())
         return _on(mesh, slot.ndim, following(slot.shape, weight.shape, given.spec, mesh))
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return boxed_like(jax.tree_util.tree_map_with_path(sharding, unboxed(state)), state)
 
 
 def _mesh_of(params: PyTree) -> Mesh:

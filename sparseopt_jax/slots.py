@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax.masks import is_hidden
+from sparseopt_jax.trees import boxed_like, is_hidden, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -49,7 +49,7 @@ def shared_slots(init: Callable[[PyTree], PyTree], params: PyTree) -> frozenset[
 
     others = jax.tree.map(altered, params)
     try:
-        state = jax.eval_shape(init, others)
+        state = unboxed(jax.eval_shape(init, others))
     except (TypeError, ValueError):  # It takes parameters of the given shapes only.
         return frozenset()
     owner = owners(others.fast if isinstance(others, optax.LookaheadParams) else others)
@@ -76,10 +76,11 @@ def _slot_masks(masks: PyTree, shared: frozenset[Any]) -> Callable[[tuple[Any, .
 def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree, shared: frozenset[Any]) -> PyTree:
     """Put per-weight slots of inactive weights back to their value in ``initial``.
 
-    What is not in it stays: ``optax.monitor`` adds its measurements on the first step.
+    What is not in it stays: ``optax.monitor`` adds its measurements on the first step. States may
+    hold their slots in boxes; the masks have none.
     """
     slot_mask = _slot_masks(masks, shared)
-    start_at = dict(jax.tree_util.tree_leaves_with_path(initial))
+    start_at = dict(jax.tree_util.tree_leaves_with_path(unboxed(initial)))
 
     def reset(path: tuple[Any, ...], slot: Any) -> Any:
         mask = slot_mask(path, slot)
@@ -87,7 +88,7 @@ def reset_inactive(state: PyTree, initial: PyTree, masks: PyTree, shared: frozen
             return slot
         return jnp.where(mask, slot, start_at[path])
 
-    return jax.tree_util.tree_map_with_path(reset, state)
+    return boxed_like(jax.tree_util.tree_map_with_path(reset, unboxed(state)), state)
 
 
 def keep_per_weight(
@@ -95,11 +96,11 @@ def keep_per_weight(
 ) -> PyTree:
     """Per-weight slots of ``old`` where ``keep``; schedules and counters of ``new`` always."""
     slot_mask = _slot_masks(masks, shared)
-    before = dict(jax.tree_util.tree_leaves_with_path(old))
+    before = dict(jax.tree_util.tree_leaves_with_path(unboxed(old)))
 
     def pick(path: tuple[Any, ...], after: Any) -> Any:
         if slot_mask(path, after) is None or path not in before:
             return after
         return jnp.where(keep, before[path], after)
 
-    return jax.tree_util.tree_map_with_path(pick, new)
+    return boxed_like(jax.tree_util.tree_map_with_path(pick, unboxed(new)), new)

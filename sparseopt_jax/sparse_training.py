@@ -28,20 +28,20 @@ from sparseopt_jax.arguments import as_key, check_arguments, key_impl
 from sparseopt_jax.axes import AxesByPath, check_axes, check_patterns, kernel_axes
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.constraints import kept_masked, where_active
+from sparseopt_jax.containers import (
+    as_at_init,
+    boxes_of,
+    closed,
+    held_like,
+    opened,
+    part_of,
+    with_gradient,
+)
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.frozen import frozen_leaves
 from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scaled_by_age
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
-from sparseopt_jax.masks import (
-    Distribution,
-    apply_masks,
-    check_masks,
-    init_masks,
-    is_hidden,
-    maskable_layers,
-    named_leaves,
-    path_str,
-)
+from sparseopt_jax.masks import Distribution, apply_masks, fitting, init_masks, maskable_layers
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
@@ -55,13 +55,21 @@ from sparseopt_jax.state import (
     get_masks,
     is_stand_in,
     is_state,
-    mask_shapes,
     maskable,
     replace_states,
     settled_masks,
 )
 from sparseopt_jax.topology import Topology
 from sparseopt_jax.topology_update import Regime, accumulated, update_if_due
+from sparseopt_jax.trees import (
+    aligned,
+    boxed_like,
+    is_absent,
+    is_hidden,
+    named_leaves,
+    path_str,
+    unboxed,
+)
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -115,7 +123,8 @@ def sparse_training(
       A transformation to be outermost but for wrappers that skip or accumulate whole steps
       (``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.inject_hyperparams``), and for
       ``optax.partition``: whatever changes its updates would change the ``-w`` of inactive weights.
-      ``update`` needs ``params``. Around ``optax.lookahead`` the parameters are
+      ``update`` needs ``params``, which may be a whole Equinox model; a leaf whose gradient is None
+      gets none. Around ``optax.lookahead`` the parameters are
       ``optax.LookaheadParams``: both copies are kept sparse by the same masks, which have the
       structure of one of them.
 
@@ -162,7 +171,8 @@ def sparse_training(
         if is_placeholder(params):
             return _outline(params)
         mask_key, topology_key = jax.random.split(as_key(seed))
-        weights = param_copies(params)[0]
+        held = param_copies(params)[0]
+        weights = unboxed(held)
         layers = maskable_layers(weights, prunable, batch_axes)
         check_patterns("out_axes", out_axes, named_leaves(weights))
         check_patterns("batch_axes", batch_axes, named_leaves(weights))
@@ -172,9 +182,9 @@ def sparse_training(
                 mask_key, weights, distribution, prunable=prunable, batch_axes=batch_axes
             )
         else:
-            check_masks(initial_masks, weights)
-            check_dense(initial_masks, lambda path: path not in layers)
-            masks = in_auto_mode(lambda m: m, like=weights)(jax.tree.map(jnp.array, initial_masks))
+            masks = fitting(aligned(initial_masks, weights, ("masks", "params")), weights)
+            check_dense(masks, lambda path: path not in layers)
+            masks = in_auto_mode(lambda m: m, like=weights)(jax.tree.map(jnp.array, masks))
 
         def byte(path: tuple[Any, ...], mask: Array) -> Any:
             if path_str(path) not in layers:
@@ -198,25 +208,22 @@ def sparse_training(
         return SparseTrainingState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(topology_key),
-            activity=activity,
+            activity=boxed_like(activity, held),
             fan_in=jax.tree_util.tree_map_with_path(count, masks),
             changed_at=jnp.full(len(layers), -1, jnp.int32),
-            accumulator=_empty_accumulator(activity, weights),
+            accumulator=_empty_accumulator(activity, held),
             inner_state=inner_state,
         )
 
-    def _empty_accumulator(activity: PyTree, weights: PyTree) -> PyTree:
+    def _empty_accumulator(activity: PyTree, params: PyTree) -> PyTree:
         regimes = [r for r in regimes_of(activity) if r.accumulates] if automatic else []
         if not regimes:
             return ()
-        zeros, structure = jax.tree.flatten(
-            maskable(activity, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights))
-        )
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), unboxed(params))
+        sums, structure = jax.tree.flatten(maskable(activity, zeros))
         accumulating = {i for regime in regimes for i in regime.leaves}
-        return jax.tree.unflatten(
-            structure,
-            [z if i in accumulating else optax.MaskedNode() for i, z in enumerate(zeros)],
-        )
+        sums = [s if i in accumulating else optax.MaskedNode() for i, s in enumerate(sums)]
+        return boxed_like(jax.tree.unflatten(structure, sums), params)
 
     def _outline(placeholder: Any) -> SparseTrainingState:
         """The state of ``optax.tree.map_params``, with what stands for parameters in their place.
@@ -284,45 +291,60 @@ def sparse_training(
             raise ValueError(
                 "params is missing: sparse_training needs update(grads, opt_state, params)"
             )
-        _check_fit(state, params, updates)
+        held, (state, params, grads) = state, opened(state, params, updates)
         weights = param_copies(params)[0]
+        box = functools.partial(boxed_like, like=boxes_of(held))
+
+        def inner_init(params: PyTree) -> PyTree:
+            return inner.init(map_copies(box, params))
+
+        def inner_update(
+            grads: PyTree, inner_state: PyTree, params: PyTree, **given: Any
+        ) -> tuple[PyTree, PyTree]:
+            params = map_copies(lambda p: box(with_gradient(state.activity, grads, p)), params)
+            steps, after = inner.update(box(grads), inner_state, params, **given)
+            return unboxed(steps), after
+
+        def offered(state: SparseTrainingState) -> dict[str, Any]:
+            """What the inner optimizer may read: masks of all leaves, and the neurons' fan-in."""
+            return {"masks": box(_all_masks(state, weights)), "fan_in": state.fan_in}
+
         names = accepted(
-            lambda **given: inner.update(updates, state.inner_state, params, **given),
-            _offered(state, weights),
+            functools.partial(inner_update, grads, state.inner_state, params),
+            offered(state),
             extra,
         )
 
-        def inner_update(
-            grads: PyTree, inner_state: PyTree, params: PyTree, state: SparseTrainingState
-        ) -> tuple[PyTree, PyTree]:
-            offered = _offered(state, weights)
-            given = extra | {name: offered[name] for name in names}
-            return inner.update(grads, inner_state, params, **given)
+        def arguments(state: SparseTrainingState) -> dict[str, Any]:
+            return extra | {name: offered(state)[name] for name in names}
 
         def first_updates(grads: PyTree) -> PyTree:
-            return param_copies(inner_update(grads, state.inner_state, params, state)[0])[0]
+            steps, _ = inner_update(grads, state.inner_state, params, **arguments(state))
+            return param_copies(steps)[0]
 
-        new, skips = with_topology(state, weights, updates, first_updates, update_topology_only)
+        new, skips = with_topology(state, weights, grads, first_updates, update_topology_only)
         keep = functools.partial(where_active, active_masks(new))
-        keep_masked = functools.partial(kept_masked, active_masks(new))
+
+        def keep_masked(steps: PyTree, weights: PyTree) -> PyTree:
+            return held_like(kept_masked(active_masks(new), steps, weights), updates)
+
         if update_topology_only:
             nothing = map_copies(functools.partial(jax.tree.map, jnp.zeros_like), params)
-            return map_copies(keep_masked, nothing, params), new
+            return map_copies(keep_masked, nothing, params), closed(new, held)
 
         sparse = map_copies(keep, params)
-        shared = shared_slots(inner.init, params)
+        shared = shared_slots(inner_init, params)
         inner_state = reset_inactive(
-            state.inner_state, inner.init(sparse), settled_masks(new), shared
+            state.inner_state, inner_init(sparse), settled_masks(new), shared
         )
-        steps, inner_after = inner_update(keep(updates), inner_state, sparse, new)
+        steps, inner_after = inner_update(keep(grads), inner_state, sparse, **arguments(new))
         if skips is not False:
             steps = jax.tree.map(lambda u: jnp.where(skips, jnp.zeros_like(u), u), steps)
             inner_after = keep_per_weight(skips, inner_state, inner_after, weights, shared)
         if warmup is not None:
             steps = map_copies(lambda u: warmed(u, new), steps)
-        return map_copies(keep_masked, steps, params), new._replace(
-            step=optax.safe_increment(state.step), inner_state=inner_after
-        )
+        new = new._replace(step=optax.safe_increment(state.step), inner_state=inner_after)
+        return map_copies(keep_masked, steps, params), closed(new, held)
 
     def warmed(updates: PyTree, state: SparseTrainingState) -> PyTree:
         """The updates of maskable leaves times the scale of each weight's age."""
@@ -388,48 +410,20 @@ def update_topology(
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       16
     """
-    find_states(opt_state)
-    own = _state_of(tx, opt_state, params)
-    _, new = optax.with_extra_args_support(tx).update(grads, own, params, update_topology_only=True)
-    states = find_states(new)
-    masks = get_masks(new)
+    masks = get_masks(opt_state)
+    weights = map_copies(lambda p: as_at_init(p, masks), params)
+    own = part_of(tx, opt_state, weights)
+    tx = optax.with_extra_args_support(tx)
+    _, new = tx.update(grads, own, weights, update_topology_only=True)
+    states, masks = find_states(new), get_masks(new)
     return map_copies(lambda p: apply_masks(p, masks), params), replace_states(opt_state, states)
 
 
-def _state_of(tx: Any, opt_state: optax.OptState, params: PyTree) -> optax.OptState:
-    """The part of ``opt_state`` that is the state of ``tx``."""
-    structure = jax.tree.structure(jax.eval_shape(tx.init, params))
-
-    def fits(node: Any) -> bool:
-        return jax.tree.structure(node) == structure  # type: ignore[operator]
-
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=fits) if fits(node)]
-    if len(found) != 1 or isinstance(found[0], optax.MultiStepsState):
-        raise TypeError(
-            "tx must be what sparse_training returned, or an optax.partition of several, without "
-            "what is wrapped around it and was made for the same parameters as opt_state; got "
-            f"{type(tx).__name__} and a state of type {type(opt_state).__name__}"
-        )
-    return found[0]
-
-
-def _offered(state: SparseTrainingState, params: PyTree) -> dict[str, Any]:
-    """What the inner optimizer may read: masks of all leaves, and the neurons' fan-in."""
-    masks = jax.tree.map(
-        lambda m, p: m if is_hidden(p) or not is_hidden(m) else jnp.ones_like(p, jnp.bool_),
+def _all_masks(state: SparseTrainingState, params: PyTree) -> PyTree:
+    """The masks, True everywhere for leaves that are never sparse."""
+    return jax.tree.map(
+        lambda m, p: m if is_absent(p) or not is_hidden(m) else jnp.ones_like(p, jnp.bool_),
         active_masks(state),
         params,
         is_leaf=is_hidden,
     )
-    return {"masks": masks, "fan_in": state.fan_in}
-
-
-def _check_fit(state: SparseTrainingState, params: PyTree, grads: PyTree) -> None:
-    if not isinstance(state, SparseTrainingState):
-        raise TypeError(
-            "opt_state must be a SparseTrainingState as init returns it, "
-            f"got {type(state).__name__}"
-        )
-    for copy in param_copies(params):
-        check_masks(mask_shapes(state), copy)
-    check_masks(mask_shapes(state), grads)

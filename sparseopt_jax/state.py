@@ -18,7 +18,8 @@ import optax
 from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import KernelAxes
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.masks import check_masks, is_hidden, named_leaves
+from sparseopt_jax.masks import fitting
+from sparseopt_jax.trees import aligned, boxed_like, is_hidden, named_leaves, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -51,11 +52,13 @@ class SparseTrainingState(NamedTuple):
     Attributes:
       step: int32 scalar, how many updates have been made.
       key: uint32 key data from which each topology update derives its key.
-      activity: in the structure of the parameters, for each maskable leaf uint8 in its shape: bit 0
-        is set while the weight is active, bit 1 once it has been, and the six bits above count the
-        topology updates since the weight became active, up to 63. ``NeverSparse`` for other leaves.
+      activity: in the structure and the boxes of the parameters, for each maskable leaf uint8 in
+        its shape: bit 0 is set while the weight is active, bit 1 once it has been, and the six bits
+        above count the topology updates since the weight became active, up to 63. ``NeverSparse``
+        for other leaves.
       fan_in: for each maskable leaf the int32 active fan-in of its neurons, with the incoming axes
-        kept as 1; ``optax.MaskedNode`` for all other leaves.
+        kept as 1; ``optax.MaskedNode`` for all other leaves. It is in no boxes, since those of Flax
+        may say how an array of the parameter's shape is sharded.
       changed_at: int32, for each topology the step at which it last changed the masks; -1 before.
       accumulator: float32 sums of gradients where a topology accumulates, else an empty tuple.
       inner_state: the wrapped optimizer's state.
@@ -173,11 +176,14 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
 
     Args:
       opt_state: as for ``get_masks``.
-      masks: bool arrays in the structure and shapes of the parameters. They may keep other numbers
-        of weights than before. Leaves that ``prunable`` did not choose must be True everywhere.
+      masks: bool arrays of the paths and shapes of the parameters, held in any way. They may keep
+        other numbers of weights than before. Leaves that ``prunable`` did not choose must be True
+        everywhere.
 
     Returns:
-      The new state, of the same structure. It shares no array with ``masks``.
+      The new state, of the same structure and in the same boxes, so that
+      ``optimizer.opt_state = sx.set_masks(optimizer.opt_state, masks)`` is right for an
+      ``nnx.Optimizer`` too. It shares no array with ``masks``.
 
     Raises:
       TypeError: a mask is not bool.
@@ -194,13 +200,16 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
       >>> int(sx.get_masks(opt_state)["kernel"].sum())
       4
     """
-    states = find_states(opt_state)
-    check_masks(masks, _merged(mask_shapes(state) for state in states))
+    held = find_states(opt_state)
+    states = [unboxed(state) for state in held]
+    shapes = _merged(mask_shapes(state) for state in states)
+    masks = fitting(aligned(masks, shapes, ("masks", "params")), shapes)
     maskable_paths = {path for state in states for path in named_leaves(state.activity)}
     check_dense(masks, lambda path: path not in maskable_paths)
 
     own = {path: mask for path, mask in named_leaves(masks).items() if path in maskable_paths}
-    return replace_states(opt_state, [_with_masks(state, own) for state in states])
+    new = [boxed_like(_with_masks(s, own), h) for s, h in zip(states, held, strict=True)]
+    return replace_states(opt_state, new)
 
 
 def _with_masks(state: SparseTrainingState, masks: dict[str, Any]) -> SparseTrainingState:
@@ -324,19 +333,20 @@ def recount(count: Array, mask: Array) -> Array:
 
 def _read(state: SparseTrainingState, of: Callable[[Array], Array]) -> PyTree:
     """``of`` the bytes, True everywhere for leaves that are never sparse; of shapes, shapes."""
-    abstract = isinstance(state.step, jax.ShapeDtypeStruct)
+    step = unboxed(state.step)
+    abstract = isinstance(step, jax.ShapeDtypeStruct)
 
     def read(activity: Any) -> Any:
         if is_hidden(activity):
             return activity
         shape = activity.shape
         if isinstance(activity, NeverSparse):
-            shape = (*state.step.shape, *shape)
+            shape = (*step.shape, *shape)
         elif not abstract:
             return of(activity)
         if not abstract:
             return jnp.ones(shape, jnp.bool_)
-        sharding = getattr(activity, "sharding", state.step.sharding)  # or replicated, as a scalar
+        sharding = getattr(activity, "sharding", step.sharding)  # or replicated, as a scalar
         return jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)  # type: ignore[no-untyped-call]
 
     return jax.tree.map(read, state.activity, is_leaf=is_stand_in)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt_jax.axes import AxesByPath, kernel_axes
-from sparseopt_jax.masks import check_masks, named_leaves
+from sparseopt_jax.masks import fitting
 from sparseopt_jax.preconditioner import neuron_fan_in
+from sparseopt_jax.trees import named_leaves, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -75,7 +76,7 @@ def fan_in_statistics(
       >>> float(statistics.mean), int(statistics.max), int(statistics.dead)
       (1.0, 2, 1)
     """
-    counts = neuron_fan_in(masks, masks, out_axes, batch_axes)
+    counts = neuron_fan_in(masks, unboxed(masks), out_axes, batch_axes)
     statistics = {}
     for path, count in named_leaves(counts).items():
         if not count.size:
@@ -122,8 +123,8 @@ def summary(
     - the density over all parameters.
 
     Args:
-      params: pytree of arrays or of anything with shapes.
-      masks: bool arrays of the same structure and shapes, not traced.
+      params: pytree of arrays or of anything with shapes, or a whole Equinox model.
+      masks: bool arrays of the same paths and shapes, held in any way, not traced.
       out_axes: see ``scale_by_sparseopt``.
       batch_axes: see ``scale_by_sparseopt``.
 
@@ -146,7 +147,7 @@ def summary(
       1 dense leaf: 3 parameters, all active
       all parameters: 6 of 15 active, density 0.4000
     """
-    check_masks(masks, params)
+    masks = fitting(masks, unboxed(params))
     leaves, values = named_leaves(masks), named_leaves(params)
     for path, mask in leaves.items():
         if isinstance(mask, jax.core.Tracer):

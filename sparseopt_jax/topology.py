@@ -390,7 +390,7 @@ class RigL(_Scheduled):
           key: a JAX random key, for ties.
           step: the training step, which sets the drop fraction; may be traced.
           masks: bool arrays.
-          params: floating arrays of the same structure and shapes.
+          params: floating arrays of the same paths and shapes, held in any way.
           scores: likewise, what to grow by: the gradient with respect to all weights, also those
             that are not active. Ranked by absolute value.
           batch_axes: the axis or axes that index the layers of a stacked leaf, or a mapping from

@@ -14,10 +14,10 @@ from jax import lax
 from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.masks import named_leaves
 from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.state import SparseTrainingState, at_leaf, maskable, recount
 from sparseopt_jax.topology import Topology
+from sparseopt_jax.trees import named_leaves
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any

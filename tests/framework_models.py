@@ -4,11 +4,11 @@ Each row of ``CASES`` states by hand which leaves are kernels, their shapes and 
 index neurons. What a user of each framework has to do:
 
 - Flax Linen, Haiku, plain containers, a FrozenDict: nothing, the params are arrays.
-- Flax NNX: split off the ``nnx.Param`` variables. As an ``nnx.State`` every path ends in
-  ``/value``, which patterns and predicates see; as a pure dict it does not. ``nnx.Optimizer``
-  keeps the masks as variables of its own kind, so apply them as pure dicts.
-- Equinox: take the arrays with ``eqx.filter(model, eqx.is_inexact_array)``, since a model also
-  holds functions, and say ``out_axes=0``, since its kernels are (out, in, ...).
+- Flax NNX: split off the ``nnx.Param`` variables. Paths are the same in an ``nnx.State`` of
+  variables, a pure dict and ``nnx.Optimizer``.
+- Equinox: give ``tx.init`` the arrays, ``eqx.filter(model, eqx.is_inexact_array)``, since a model
+  also holds functions, and say ``out_axes=0``, since its kernels are (out, in, ...). Everything
+  else takes the model.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,21 @@ class Case(NamedTuple):
 
     def loss(self, params):
         return jnp.mean((self.predict(params, X) - Y) ** 2)
+
+
+def flat(tree):
+    """{path: leaf} with what Flax's boxes hold in their place."""
+    boxes = nnx.Variable | nn.meta.AxisMetadata
+    leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, boxes))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): inside
+        for path, leaf in leaves
+        for inside in (jax.tree.leaves(leaf) if isinstance(leaf, boxes) else [leaf])
+    }
+
+
+def arrays(tree):
+    return {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
 
 
 # --- Flax Linen ------------------------------------------------------------------------------
@@ -151,13 +166,7 @@ NNX_DENSE = ("conv/bias", "norm/scale", "norm/bias", "layers/0/bias", "layers/1/
 
 def _nnx(model, kernels, dense, out_axes=-1):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return Case(
-        params,
-        lambda p, x: nnx.merge(graphdef, p, rest)(x),
-        {f"{path}/value": kernel for path, kernel in kernels.items()},
-        tuple(f"{path}/value" for path in dense),
-        out_axes,
-    )
+    return Case(params, lambda p, x: nnx.merge(graphdef, p, rest)(x), kernels, dense, out_axes)
 
 
 def nnx_state():
@@ -166,8 +175,7 @@ def nnx_state():
 
 def nnx_pure_dict():
     case = nnx_state()
-    params = nnx.to_pure_dict(case.params)
-    return case._replace(params=params, kernels=NNX_KERNELS, dense=NNX_DENSE)
+    return case._replace(params=nnx.to_pure_dict(case.params))
 
 
 class NNXAttention(nnx.Module):
@@ -183,7 +191,7 @@ class NNXAttention(nnx.Module):
 
 
 def nnx_attention():
-    out_axes = {f"*/{name}/kernel/value": (-2, -1) for name in PROJECTIONS}
+    out_axes = {f"*/{name}/kernel": (-2, -1) for name in PROJECTIONS}
     return _nnx(NNXAttention(nnx.Rngs(0)), ATTENTION_KERNELS, ATTENTION_BIASES, out_axes)
 
 

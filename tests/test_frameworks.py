@@ -18,17 +18,19 @@ import sparseopt_jax as sx
 from tests import oracles
 from tests.framework_models import (
     CASES,
+    NNX_KERNELS,
     Case,
     EquinoxNet,
     NNXNet,
     X,
     Y,
+    arrays,
     equinox,
+    flat,
     linen,
     nnx_pure_dict,
     nnx_state,
 )
-from tests.helpers import flat
 
 STEPS, RATE, SPARSITY = 12, 0.1, 0.8
 
@@ -99,10 +101,6 @@ def done(request):
     return run(request.param)
 
 
-def arrays(tree):
-    return {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
-
-
 def test_default_prunable_takes_the_kernels_and_nothing_else(done):
     case = done.case
     shapes = {path: shape for path, (shape, _) in case.kernels.items()}
@@ -168,14 +166,11 @@ def test_the_model_itself_runs_with_the_sparse_params(done):
 def test_masks_of_ones_own_go_in_and_out(done):
     case = done.case
     rng = np.random.default_rng(2)
-    own = jax.tree.map_with_path(
-        lambda path, p: (
-            rng.random(p.shape) < 0.5
-            if jax.tree_util.keystr(path, simple=True, separator="/") in case.kernels
-            else np.ones(p.shape, bool)
-        ),
-        case.params,
-    )
+    values = [
+        rng.random(p.shape) < 0.5 if path in case.kernels else np.ones(p.shape, bool)
+        for path, p in flat(case.params).items()
+    ]
+    own = jax.tree.unflatten(jax.tree.structure(case.params), values)
     opt_state = sx.set_masks(done.initial_state, own)
     given = arrays(own)
     for path, mask in arrays(sx.get_masks(opt_state)).items():
@@ -237,64 +232,173 @@ def test_linen_train_state():
     check_same_run(arrays(state.params), arrays(sx.get_masks(state.opt_state)), done)
 
 
-@pytest.mark.usefixtures("standard_promotion")
-def test_nnx_optimizer():
-    """``nnx.Optimizer`` keeps arrays as variables of its own: pure dicts fit each other."""
-    model = NNXNet(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, transformation(-1), wrt=nnx.Param)
+def mean_square(model):
+    return jnp.mean((model(X) - Y) ** 2)
 
-    def masks():
-        return nnx.to_pure_dict(sx.get_masks(optimizer.opt_state))
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kind", [nnx.Optimizer, nnx.ModelAndOptimizer])
+def test_nnx_optimizer(kind):
+    """Its state's leaves are in variables of other kinds than the model's."""
+    model, tx = NNXNet(nnx.Rngs(0)), transformation(-1)
+    optimizer = kind(model, tx, wrt=nnx.Param)
 
     def params():
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return nnx.state(model, nnx.Param)
+
+    def masks():
+        return sx.get_masks(optimizer.opt_state)
 
     nnx.update(model, sx.apply_masks(params(), masks()))
 
     @nnx.jit
     def step(model, optimizer):
-        grads = nnx.grad(lambda model: jnp.mean((model(X) - Y) ** 2))(model)
-        optimizer.update(model, grads)
+        grads = nnx.grad(mean_square)(model)
+        optimizer.update(*((model, grads) if kind is nnx.Optimizer else (grads,)))
 
     for _ in range(OWN_STEPS):
         step(model, optimizer)
-    check_same_run(arrays(params()), arrays(masks()), run(nnx_pure_dict))
-    with pytest.raises(ValueError, match="masks must have the tree structure of params"):
-        sx.apply_masks(nnx.state(model, nnx.Param), sx.get_masks(optimizer.opt_state))
+    done = run(nnx_state)
+    check_same_run(arrays(params()), arrays(masks()), done)
+    expected = done.masks[OWN_STEPS]
+    assert sx.summary(params(), masks()) == sx.summary(expected, expected)
+
+    # By hand: masks into the state, a topology update, and the loop goes on with both.
+    structure = jax.tree.structure(optimizer.opt_state)
+    wider = masks()
+    wider["layers"][1]["kernel"] = np.ones((16, 3), bool)
+    optimizer.opt_state = sx.set_masks(optimizer.opt_state, wider)
+    before = arrays(masks())
+    assert before["layers/1/kernel"].all()
+    sparse, optimizer.opt_state = sx.update_topology(
+        tx, optimizer.opt_state, params(), nnx.grad(mean_square)(model)
+    )
+    nnx.update(model, sparse)
+    assert jax.tree.structure(optimizer.opt_state) == structure
+    step(model, optimizer)
+    after = arrays(masks())
+    assert (before["layers/0/kernel"] != after["layers/0/kernel"]).any()
+    for path, weights in arrays(params()).items():
+        assert after[path].sum() == before[path].sum()
+        np.testing.assert_array_equal(weights[~after[path]], 0, err_msg=path)
+
+
+def test_boxes_of_nnx_make_no_difference():
+    """Masks in an optimizer's variables against the same masks as plain arrays."""
+    model = NNXNet(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, transformation(-1), wrt=nnx.Param)
+    params, boxed = nnx.state(model, nnx.Param), sx.get_masks(optimizer.opt_state)
+    assert isinstance(boxed["conv"]["kernel"], nnx.Variable)
+    assert not isinstance(boxed["conv"]["kernel"], nnx.Param)
+    plain = nnx.to_pure_dict(boxed)
+    earlier = jax.tree.map(jnp.ones_like, plain)
+    grads = jax.tree.map(jnp.cos, params)
+    tx, topology = sx.scale_by_sparseopt(), sx.SET(1, 0.3, 9)
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    functions = {
+        "apply": lambda masks: sx.apply_masks(params, masks),
+        "gain": lambda masks: sx.scale_to_fan_in(params, masks),
+        "norm": lambda masks: sx.gradient_norm(grads, masks),
+        "skew": lambda masks: sx.gradient_skew(grads, masks),
+        "churn": lambda masks: sx.mask_churn(earlier, masks),
+        "density": sx.density,
+        "fan-in": sx.fan_in_statistics,
+        "scaled": lambda masks: tx.update(grads, tx.init(params), masks=masks)[0],
+        "topology": lambda masks: topology.update(jax.random.key(0), 1, masks, params, grads),
+        "flops": lambda masks: (
+            sx.flops(lambda p, x: nnx.merge(graphdef, p, rest)(x), params, masks, X[:1]).sparse
+        ),
+    }
+    for name, function in functions.items():
+        found, expected = arrays(function(boxed)), arrays(function(plain))
+        assert found.keys() == expected.keys(), name
+        for path, array in expected.items():
+            np.testing.assert_array_equal(found[path], array, err_msg=f"{name} {path}")
+    for name in ("apply", "gain", "scaled"):
+        assert jax.tree.structure(functions[name](boxed)) == jax.tree.structure(params), name
+    del plain["layers"][1]["kernel"]
+    with pytest.raises(ValueError, match=r"missing: layers/1/kernel; .*nnx\.state\(model"):
+        sx.apply_masks(params, plain)
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_equinox_loop():
-    tx = transformation(0)
+    """As its users write it, with the whole model in the place of params."""
+    tx, done = transformation(0), run(equinox)
     model = EquinoxNet(jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    opt_state = jax.jit(tx.init)(params)
-    model = eqx.combine(sx.apply_masks(params, sx.get_masks(opt_state)), static)
+    opt_state = jax.jit(tx.init)(eqx.filter(model, eqx.is_inexact_array))
+    model = sx.apply_masks(model, sx.get_masks(opt_state))
+    assert model.activation is jnp.tanh
 
     @eqx.filter_jit
     def step(model, opt_state):
         grads = eqx.filter_grad(lambda model: jnp.mean((jax.vmap(model)(X) - Y) ** 2))(model)
-        params = eqx.filter(model, eqx.is_inexact_array)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return eqx.apply_updates(model, updates), opt_state
+        updates, opt_state = tx.update(grads, opt_state, model)
+        return eqx.apply_updates(model, updates), opt_state, grads
 
     for _ in range(OWN_STEPS):
-        model, opt_state = step(model, opt_state)
-    params = eqx.filter(model, eqx.is_inexact_array)
-    masks = sx.get_masks(opt_state)
-    check_same_run(arrays(params), arrays(masks), run(equinox))
-    # Masks have no leaf where params have none, so they go with the arrays, not with the model.
-    with pytest.raises(ValueError, match="missing: activation"):
-        sx.apply_masks(model, masks)
+        model, opt_state, grads = step(model, opt_state)
+    params, masks = eqx.filter(model, eqx.is_inexact_array), sx.get_masks(opt_state)
+    check_same_run(arrays(params), arrays(masks), done)
+    expected = done.masks[OWN_STEPS]
+    assert sx.summary(model, masks) == sx.summary(expected, expected)
+
+    moved, opt_state = sx.update_topology(tx, opt_state, model, grads)
+    assert moved.activation is jnp.tanh
+    new = arrays(sx.get_masks(opt_state))
+    for path, weights in arrays(eqx.filter(moved, eqx.is_inexact_array)).items():
+        np.testing.assert_array_equal(weights[~new[path]], 0, err_msg=path)
+    # Those that take masks and no gradient: the model against its arrays alone.
+    for function in (sx.apply_masks, functools.partial(sx.scale_to_fan_in, out_axes=0)):
+        whole = eqx.filter(function(model, masks), eqx.is_inexact_array)
+        jax.tree.map(np.testing.assert_array_equal, whole, function(params, masks))
+    count = [
+        sx.flops(lambda m, x: jax.vmap(eqx.combine(m, model))(x), m, masks, X[:1])
+        for m in (model, params)
+    ]
+    assert count[0] == count[1]
+    assert count[0].sparse < count[0].dense
+    # What is no mask of this model, and what has no gradient.
+    without = eqx.tree_at(lambda m: m.layers[0].weight, masks, None)
+    with pytest.raises(ValueError, match="missing: layers/0/weight; not in params: none"):
+        sx.set_masks(opt_state, without)
+    frozen = eqx.tree_at(lambda m: m.layers[0].weight, grads, None)
+    with pytest.raises(ValueError, match=r"grads leaf 'layers/0/weight' is None.*eqx.partition"):
+        tx.update(frozen, opt_state, model)
 
 
-def test_an_equinox_model_with_its_functions_is_refused():
+@pytest.mark.usefixtures("standard_promotion")
+def test_equinox_trains_a_part_of_the_model():
+    """The cure that the error above names."""
+    tx = transformation(0)
+    model = EquinoxNet(jax.random.key(0))
+    trains = eqx.tree_at(lambda m: m.layers[0], jax.tree.map(eqx.is_inexact_array, model), False)
+    opt_state = tx.init(eqx.partition(model, trains)[0])
+
+    def loss(part, rest):
+        return jnp.mean((jax.vmap(eqx.combine(part, rest))(X) - Y) ** 2)
+
+    grads = eqx.filter_grad(loss)(*eqx.partition(model, trains))
+    updates, opt_state = tx.update(grads, opt_state, model)
+    new = eqx.apply_updates(model, updates)
+    np.testing.assert_array_equal(new.layers[0].weight, model.layers[0].weight)
+    mask = sx.get_masks(opt_state).layers[1].weight
+    assert not mask.all()
+    np.testing.assert_array_equal(new.layers[1].weight == 0, ~mask)
+
+
+def test_an_equinox_model_with_its_functions_is_refused_at_init():
     with pytest.raises(TypeError, match=r"leaf 'activation' is a .* eqx.filter"):
         transformation(0).init(EquinoxNet(jax.random.key(0)))
 
 
-def test_a_pattern_that_forgets_nnx_values_is_refused():
-    """Paths of an ``nnx.State`` end in ``/value``; the error lists them."""
-    tx = transformation({"*/kernel": -1})
-    with pytest.raises(ValueError, match=r"matches none.*conv/kernel/value"):
-        tx.init(run(nnx_state).case.params)
+@pytest.mark.parametrize("case", [nnx_state, nnx_pure_dict])
+def test_patterns_see_one_path_however_leaves_are_held(case):
+    params = case().params
+    tx = transformation({"*/kernel": -1, "layers/0/*": -1})
+    opt_state = jax.eval_shape(tx.init, params)
+    assert set(flat(opt_state.fan_in)) == set(NNX_KERNELS)
+    grads = jax.tree.map(jnp.ones_like, params)
+    jax.eval_shape(tx.update, grads, opt_state, params)
+    with pytest.raises(ValueError, match=r"pattern 'kernel' matches none.*: conv/bias, "):
+        transformation({"kernel": -1}).init(params)
