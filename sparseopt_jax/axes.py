@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,10 +21,18 @@ from sparseopt_jax.settings import kind_of
 
 Array: TypeAlias = jax.Array
 Axes: TypeAlias = int | Sequence[int]
-AxesByPath: TypeAlias = Axes | Mapping[str, Axes]
+AxesByPath: TypeAlias = "Axes | Mapping[str, Axes] | AxesOfTree"
 
 # More dimensions than any kernel has; bounds the axes that a setting may name.
 _MAX_NDIM = 32
+
+
+@dataclass(frozen=True)
+class AxesOfTree:
+    """A setting for the leaves of one tree: by pattern where one matches, else by path."""
+
+    patterns: Mapping[str, Axes]
+    paths: Mapping[str, Axes]
 
 
 class KernelAxes(NamedTuple):
@@ -49,7 +58,8 @@ def kernel_axes(
       path: its path, for settings that go by pattern.
       ndim: its number of dimensions.
       out_axes: an axis, several, or a mapping from glob patterns over paths to either; the first
-        pattern that matches counts, and where none does it is the last axis.
+        pattern that matches counts, and where none does it is the last axis. What a tree tells of
+        its own kernels is in an ``AxesOfTree``.
       batch_axes: likewise; none where no pattern matches.
 
     Raises:
@@ -74,8 +84,10 @@ def axes_of_stack(path: str, ndim: int, batch_axes: AxesByPath) -> tuple[int, ..
     return _positive("batch_axes", _at(path, batch_axes, ()), path, ndim) if ndim else ()
 
 
-def check_axes(name: str, axes: AxesByPath) -> None:
-    """Raise unless ``axes`` is an axis, several, or a mapping from patterns to either."""
+def check_axes(name: str, axes: AxesByPath | None) -> None:
+    """Raise unless ``axes`` is an axis, several, a mapping from patterns to either, or None."""
+    if axes is None:
+        return
     values: Iterable[Any] = [axes]
     if isinstance(axes, Mapping):
         for pattern in axes:
@@ -86,7 +98,7 @@ def check_axes(name: str, axes: AxesByPath) -> None:
         _positive(name, value, "", _MAX_NDIM)
 
 
-def check_patterns(name: str, axes: AxesByPath, paths: Iterable[str]) -> None:
+def check_patterns(name: str, axes: AxesByPath | None, paths: Iterable[str]) -> None:
     """Raise where a pattern of ``axes`` matches none of ``paths``."""
     if not isinstance(axes, Mapping):
         return
@@ -108,6 +120,14 @@ def layer_shape(shape: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in batch)
 
 
+def window_in_out(shape: Sequence[int], axes: KernelAxes) -> tuple[int, ...]:
+    """A kernel's sizes without its batch axes in Flax's order: window, inputs, neurons."""
+    incoming = axes.incoming
+    if incoming and min(axes.out) < incoming[0]:  # (out, in, window)
+        incoming = (*incoming[1:], incoming[0])
+    return tuple(shape[axis] for axis in incoming + axes.out)
+
+
 def to_layers(array: Array, batch: Sequence[int]) -> Array:
     """An array as (layers, *layer_shape); a single layer gets a leading axis of 1."""
     array = jnp.moveaxis(array, batch, range(len(batch)))
@@ -120,7 +140,16 @@ def from_layers(layers: Array, shape: Sequence[int], batch: Sequence[int]) -> Ar
     return jnp.moveaxis(layers.reshape(*sizes, *layers.shape[1:]), range(len(batch)), batch)
 
 
+def is_given(path: str, axes: AxesByPath | None) -> bool:
+    """Whether a setting says something of the leaf at ``path``."""
+    if isinstance(axes, Mapping):
+        return any(matches(path, pattern) for pattern in axes)
+    return axes is not None
+
+
 def _at(path: str, axes: AxesByPath, default: Axes) -> Axes:
+    if isinstance(axes, AxesOfTree):
+        return _at(path, axes.patterns, axes.paths.get(path, default))
     if not isinstance(axes, Mapping):
         return axes
     return next((a for pattern, a in axes.items() if matches(path, pattern)), default)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt_jax.axes import AxesByPath, kernel_axes
+from sparseopt_jax.axes import AxesByPath, axes_of_stack
 from sparseopt_jax.explicit import varying_as
 from sparseopt_jax.masks import apply_masks, check_masks, fitting
 from sparseopt_jax.preconditioner import neuron_fan_in, scale_by_sparseopt
@@ -91,7 +91,7 @@ def gradient_skew(
     grads: PyTree,
     masks: PyTree,
     *,
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     batch_axes: AxesByPath = (),
     average_over: str | None = "layer",
     layers: Callable[[str], bool] | None = None,
@@ -139,8 +139,8 @@ def gradient_skew(
     # By path, the axes that lie within one layer: all of them but a stack's batch axes.
     within = {}
     for path, count in named_leaves(counts).items():
-        axes = kernel_axes(path, count.ndim, out_axes, batch_axes)
-        within[path] = axes.incoming + axes.out
+        batch = axes_of_stack(path, count.ndim, batch_axes)
+        within[path] = tuple(axis for axis in range(count.ndim) if axis not in batch)
 
     def to_unit_size(path: tuple[Any, ...], count: Any, gradient: Any, mask: Any) -> Any:
         if is_hidden(count):
@@ -152,7 +152,7 @@ def gradient_skew(
         return gradient / jnp.where(largest == 0, 1.0, largest)
 
     raw = jax.tree_util.tree_map_with_path(to_unit_size, counts, grads, masks, is_leaf=is_hidden)
-    corrected, _ = tx.update(raw, tx.init(raw), masks=masks)
+    corrected, _ = tx.update(raw, tx.init(raw), masks=masks, fan_in=counts)
     raw, corrected = named_leaves(raw), named_leaves(corrected)
     return {path: _skew(raw[path], corrected[path], over) for path, over in within.items()}
 

@@ -22,9 +22,11 @@ from sparseopt_jax.axes import (
     kernel_axes,
     layer_shape,
     layers_of,
+    window_in_out,
 )
 from sparseopt_jax.by_path import ByPath, layer_counts
 from sparseopt_jax.explicit import in_auto_mode
+from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import checked_size, is_selectable, random_masks
 from sparseopt_jax.settings import check_function
@@ -61,7 +63,10 @@ class Distribution(Protocol):
     """
 
     def layer_counts(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Number of weights that each layer keeps, from the layers' shapes by path."""
+        """Number of weights that each layer keeps, from the layers' shapes by path.
+
+        Shapes are in Flax's order, (window, in, out), whatever that of the parameters.
+        """
         ...
 
 
@@ -132,6 +137,7 @@ def init_masks(
     distribution: ByPath[Distribution],
     *,
     prunable: Prunable = default_prunable,
+    out_axes: AxesByPath | None = None,
     batch_axes: AxesByPath = (),
 ) -> PyTree:
     """Random masks with exactly the number of active weights that ``distribution`` gives a layer.
@@ -142,6 +148,8 @@ def init_masks(
       distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``, or a mapping from glob patterns
         over paths to them, each of which sees its layers only; other layers stay dense.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
+      out_axes: see ``scale_by_sparseopt``; here it tells ``ER`` and ``Uniform`` a convolution's
+        window from its inputs.
       batch_axes: the axis or axes that index the layers of a stacked leaf (0 under ``nn.scan``), or
         a mapping from glob patterns over paths to them. Each layer of a stack counts as a layer of
         its own, which the distribution knows as ``path/0``, ``path/1`` and so on.
@@ -164,9 +172,15 @@ def init_masks(
     """
     boxed, params = params, unboxed(params)
     layers = maskable_layers(params, prunable, batch_axes)
-    counts = layer_counts(
-        distribution, {name: leaf.shape for leaf in layers.values() for name in leaf.names}
+    axes = out_axes_of(
+        params, out_axes, batch_axes, concerns=lambda path, p: path in layers and p.ndim > 2
     )
+    shapes = {}
+    for path, leaf in named_leaves(params).items():
+        if path in layers:
+            shape = window_in_out(leaf.shape, kernel_axes(path, leaf.ndim, axes, batch_axes))
+            shapes.update(dict.fromkeys(layers[path].names, shape))
+    counts = layer_counts(distribution, shapes)
     # Layers of the same shape are drawn together, which keeps the compiled program small.
     alike: dict[tuple[int, ...], list[str]] = {}
     for path, leaf in layers.items():
@@ -270,6 +284,10 @@ def fan_in(mask: Array, out_axes: Axes = -1, batch_axes: Axes = ()) -> Array:
     along a leading axis                                  from -1
     ====================================================  ==========  ============
 
+    An array alone does not tell its axes. Functions of whole trees find most of them by themselves,
+    see ``scale_by_sparseopt``; what they cannot find is attention and transposed kernels without a
+    bias.
+
     Source: SparseOpt (arXiv 2605.27541), where the sparsity of neuron i is 1 - fan_in_i / N.
 
     Example:
@@ -309,7 +327,10 @@ def density(masks: PyTree) -> PyTree:
 
 
 def scale_to_fan_in(
-    params: PyTree, masks: PyTree, out_axes: AxesByPath = -1, batch_axes: AxesByPath = ()
+    params: PyTree,
+    masks: PyTree,
+    out_axes: AxesByPath | None = None,
+    batch_axes: AxesByPath = (),
 ) -> PyTree:
     """Rescale freshly initialised weights to the fan-in that each neuron has left.
 
@@ -320,8 +341,8 @@ def scale_to_fan_in(
     Args:
       params: pytree of floating arrays, or a whole Equinox model.
       masks: bool arrays of the same paths and shapes; None for leaves that stay as they are.
-      out_axes: see ``fan_in``; also a mapping from glob patterns over paths to axes.
-      batch_axes: likewise.
+      out_axes: see ``scale_by_sparseopt``.
+      batch_axes: see ``scale_by_sparseopt``.
 
     Returns:
       The rescaled, masked parameters, dtypes unchanged. Leaves of fewer than two dimensions and
@@ -341,13 +362,14 @@ def scale_to_fan_in(
       [2.0, 0.0, 0.0, 0.0]
     """
     weights = unboxed(params)
+    axes_at = out_axes_of(masks, out_axes, batch_axes, concerns=default_prunable)
 
     def scale(path: tuple[Any, ...], p: Any, m: Any) -> Any:
         if is_absent(m):
             return p
         name = path_str(path)
         if p.ndim - len(axes_of_stack(name, p.ndim, batch_axes)) >= 2:
-            axes = kernel_axes(name, p.ndim, out_axes, batch_axes).incoming
+            axes = kernel_axes(name, p.ndim, axes_at, batch_axes).incoming
             active = jnp.sum(m, axis=axes, keepdims=True, dtype=jnp.int32)
             dense = np.prod([p.shape[axis] for axis in axes])
             gain = jnp.sqrt(jnp.float32(dense) / jnp.maximum(active, 1).astype(jnp.float32))

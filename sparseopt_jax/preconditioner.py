@@ -18,13 +18,15 @@ import optax
 
 from sparseopt_jax.axes import (
     AxesByPath,
-    KernelAxes,
     axes_of_stack,
     check_axes,
     check_patterns,
+    is_given,
     kernel_axes,
 )
+from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import fitting
+from sparseopt_jax.prunable import default_prunable
 from sparseopt_jax.settings import check_function
 from sparseopt_jax.trees import (
     aligned,
@@ -48,7 +50,7 @@ class MissingMasksError(ValueError):
 
 def scale_by_sparseopt(
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     *,
     batch_axes: AxesByPath = (),
@@ -70,7 +72,11 @@ def scale_by_sparseopt(
       average_over: s_avg is the mean over the neurons of the ``"layer"`` (the paper), over those of
         all sparse layers of the ``"network"``, or None: no average, the factor is sqrt(1 - s_i).
       out_axes: the axis or axes of a kernel that index neurons, or a mapping from glob patterns
-        over paths to them; see ``fan_in``.
+        over paths to them; see the table in ``fan_in``. Where nothing is given, or no pattern
+        matches: those of ``sparse_training`` around it. Elsewhere each kernel's own: the axes that
+        its ``bias`` fits; where there is none, or it fits several, those of other kernels of its
+        name; then 0 for ``weight`` in Equinox's modules and -1 for all others, with a warning for
+        what is called ``weight``, as in PyTorch, where it would be 0.
       layers: predicate over the path (``"Dense_0/kernel"``) of a leaf; where it is False the
         gradient passes unchanged. Leave out layers that no normalisation follows: without one the
         effect does not arise. Leaves of fewer than two dimensions always pass unchanged.
@@ -128,8 +134,7 @@ def scale_by_sparseopt(
             )
         grads = unboxed(updates)
         counts = neuron_fan_in(masks, grads, out_axes, batch_axes, fan_in, layers)
-        scaled = scale_by_fan_in(grads, counts, average_over, out_axes, batch_axes)
-        return boxed_like(scaled, updates), state
+        return boxed_like(scale_by_fan_in(grads, counts, average_over, batch_axes), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -142,7 +147,7 @@ def sparseopt(
     mask: Any = "kernels",
     *,
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -211,7 +216,7 @@ def decay_mask(mask: Any) -> Any:
 def neuron_fan_in(
     masks: PyTree,
     updates: PyTree,
-    out_axes: AxesByPath,
+    out_axes: AxesByPath | None,
     batch_axes: AxesByPath = (),
     fan_in: PyTree | None = None,
     layers: Callable[[str], bool] | None = None,
@@ -220,52 +225,56 @@ def neuron_fan_in(
 
     ``updates`` have no boxes, and their containers are those of the result. ``fan_in`` are counts
     that were kept from an earlier step. Their shape says over which axes they were summed; where
-    those are not the incoming axes, the mask is counted again.
+    ``out_axes`` names others, the mask is counted again.
     """
-    masks = fitting(masks, updates)
+    all_masks, masks = masks, fitting(masks, updates)
     # Inside optax.masked and optax.partition, a part of the updates is replaced by MaskedNode.
     if not any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
         check_patterns("out_axes", out_axes, named_leaves(updates))
         check_patterns("batch_axes", batch_axes, named_leaves(updates))
+    if fan_in is None:
+        # Of all masks, since a kernel's bias may be among the updates that are replaced.
+        axes_at = out_axes_of(all_masks, out_axes, batch_axes, concerns=default_prunable)
+        kept_counts = masks
+    else:
+        axes_at = -1 if out_axes is None else out_axes
+        names = ("fan_in", "updates")
+        kept_counts = aligned(fan_in, updates, names, partial=True, surplus=True)
 
     def count(path: tuple[Any, ...], update: Any, mask: Any, kept: Any) -> Any:
         if is_absent(mask):
             return optax.MaskedNode()
         # What is left of a stacked bias or scale without its batch axes is no kernel.
-        ndim = jnp.ndim(update)
-        if ndim - len(axes_of_stack(path_str(path), ndim, batch_axes)) < 2:
+        name, ndim = path_str(path), jnp.ndim(update)
+        if ndim - len(axes_of_stack(name, ndim, batch_axes)) < 2:
             return optax.MaskedNode()
-        if layers is not None and not layers(path_str(path)):
+        if layers is not None and not layers(name):
             return optax.MaskedNode()
         if fan_in is not None and is_absent(kept):
             return optax.MaskedNode()
-        axes = kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes)
+        if fan_in is not None and not is_given(name, out_axes):
+            return kept
+        axes = kernel_axes(name, mask.ndim, axes_at, batch_axes)
         shape = tuple(1 if axis in axes.incoming else size for axis, size in enumerate(mask.shape))
         if fan_in is not None and kept.shape == shape:
             return kept
         return jnp.sum(mask, axis=axes.incoming, keepdims=True, dtype=jnp.int32)
 
-    kept = masks
-    if fan_in is not None:
-        kept = aligned(fan_in, updates, ("fan_in", "updates"), partial=True, surplus=True)
-    return jax.tree_util.tree_map_with_path(count, updates, masks, kept)
+    return jax.tree_util.tree_map_with_path(count, updates, masks, kept_counts)
 
 
 def scale_by_fan_in(
-    updates: PyTree,
-    counts: PyTree,
-    average_over: str | None,
-    out_axes: AxesByPath = -1,
-    batch_axes: AxesByPath = (),
+    updates: PyTree, counts: PyTree, average_over: str | None, batch_axes: AxesByPath = ()
 ) -> PyTree:
     """Multiply each neuron's update by its factor; ``counts`` as ``neuron_fan_in`` gives them."""
 
-    def axes_of(path: tuple[Any, ...], update: Any, count: Any) -> Any:
-        if is_hidden(update) or is_hidden(count):
-            return optax.MaskedNode()
-        return _Layer(update, count, kernel_axes(path_str(path), count.ndim, out_axes, batch_axes))
+    def layer_of(path: tuple[Any, ...], update: Any, count: Any) -> Any:
+        if is_hidden(count):
+            return count
+        batch = axes_of_stack(path_str(path), count.ndim, batch_axes)
+        return _Layer(update, count, batch)
 
-    layers = jax.tree_util.tree_map_with_path(axes_of, updates, counts, is_leaf=is_hidden)
+    layers = jax.tree_util.tree_map_with_path(layer_of, updates, counts)
     network_density: Any = None
     if average_over == "network":
         sparse = [x for x in jax.tree.leaves(layers, is_leaf=_is_layer) if _is_layer(x)]
@@ -289,12 +298,13 @@ def scale_by_fan_in(
 class _Layer:
     """What the factors of a kernel's neurons derive from; a stack's layers side by side."""
 
-    def __init__(self, update: Array, count: Array, axes: KernelAxes) -> None:
+    def __init__(self, update: Array, count: Array, batch: tuple[int, ...]) -> None:
+        within = tuple(axis for axis in range(count.ndim) if axis not in batch)
         self.count = count
-        self.neurons = math.prod(count.shape[axis] for axis in axes.out)
-        self.dense_fan_in = math.prod(update.shape[axis] for axis in axes.incoming)
+        self.neurons = math.prod(count.shape[axis] for axis in within)
+        self.dense_fan_in = math.prod(update.shape[axis] for axis in within) // max(self.neurons, 1)
         # Active weights of each layer, one number for each entry of the batch axes.
-        self.total = jnp.sum(count, axis=axes.out + axes.incoming, keepdims=True)
+        self.total = jnp.sum(count, axis=within, keepdims=True)
         self.is_dense = self.total == self.neurons * self.dense_fan_in
 
 

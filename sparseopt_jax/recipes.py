@@ -33,7 +33,7 @@ def sparseopt_ham(
     alpha: float = 200.0,
     beta: float = 1e-3,
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,7 +102,7 @@ def sparseopt_adamw(
     *,
     nesterov: bool = False,
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -160,7 +160,7 @@ def sparseopt_lion(
     mask: Any = None,
     *,
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -226,7 +226,7 @@ def sparseopt_muon(
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: float | None = None,
     average_over: str | None = "layer",
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     layers: Callable[[str], bool] | None = None,
     batch_axes: AxesByPath = (),
 ) -> optax.GradientTransformationExtraArgs:

@@ -41,6 +41,7 @@ from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.frozen import frozen_leaves
 from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scaled_by_age
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
+from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import Distribution, apply_masks, fitting, init_masks, maskable_layers
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
@@ -83,7 +84,7 @@ def sparse_training(
     masks: PyTree | None = None,
     seed: Any = 0,
     prunable: Prunable = default_prunable,
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     batch_axes: AxesByPath = (),
     automatic: bool = True,
     grown_warmup: GrownWarmup | None = None,
@@ -107,8 +108,8 @@ def sparse_training(
         ties derive from it.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
       out_axes: the axis or axes of kernels that index neurons, or a mapping from glob patterns over
-        paths to them; see ``fan_in``. Give ``scale_by_sparseopt`` the same, or it counts the masks
-        again on each step.
+        paths to them. Where nothing is given, each kernel's own; see ``scale_by_sparseopt``, which
+        takes these from here.
       batch_axes: likewise the axis or axes that index the layers of stacked kernels. Each layer of
         a stack keeps its own number of weights.
       automatic: whether ``update`` follows the topology's schedule. With False the masks change
@@ -165,7 +166,7 @@ def sparse_training(
     def regimes_of(activity: PyTree) -> list[Regime]:
         """Each topology that may change masks by itself or when asked, with its leaves."""
         groups = grouped("topology", topology, list(named_leaves(activity)))
-        return [Regime(t, leaves, out_axes, batch_axes) for t, leaves in groups if leaves]
+        return [Regime(t, leaves, batch_axes) for t, leaves in groups if leaves]
 
     def init_fn(params: PyTree) -> SparseTrainingState:
         if is_placeholder(params):
@@ -176,10 +177,16 @@ def sparse_training(
         layers = maskable_layers(weights, prunable, batch_axes)
         check_patterns("out_axes", out_axes, named_leaves(weights))
         check_patterns("batch_axes", batch_axes, named_leaves(weights))
+        axes = out_axes_of(weights, out_axes, batch_axes, concerns=lambda path, _: path in layers)
         if initial_masks is None:
             assert distribution is not None  # check_arguments
             masks = init_masks(
-                mask_key, weights, distribution, prunable=prunable, batch_axes=batch_axes
+                mask_key,
+                weights,
+                distribution,
+                prunable=prunable,
+                out_axes=axes,
+                batch_axes=batch_axes,
             )
         else:
             masks = fitting(aligned(initial_masks, weights, ("masks", "params")), weights)
@@ -194,7 +201,7 @@ def sparse_training(
         def count(path: tuple[Any, ...], mask: Array) -> Any:
             if path_str(path) not in layers:
                 return optax.MaskedNode()
-            return count_fan_in(mask, kernel_axes(path_str(path), mask.ndim, out_axes, batch_axes))
+            return count_fan_in(mask, kernel_axes(path_str(path), mask.ndim, axes, batch_axes))
 
         activity = jax.tree_util.tree_map_with_path(byte, masks)
         regimes_of(activity)  # Its patterns are checked here.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt_jax.axes import AxesByPath, kernel_axes
+from sparseopt_jax.axes import AxesByPath, axes_of_stack
 from sparseopt_jax.masks import fitting
 from sparseopt_jax.preconditioner import neuron_fan_in
 from sparseopt_jax.trees import named_leaves, unboxed
@@ -49,7 +49,7 @@ class FanInStatistics(NamedTuple):
 
 
 def fan_in_statistics(
-    masks: PyTree, out_axes: AxesByPath = -1, batch_axes: AxesByPath = ()
+    masks: PyTree, out_axes: AxesByPath | None = None, batch_axes: AxesByPath = ()
 ) -> dict[str, FanInStatistics]:
     """Mean, spread and extremes of the neurons' active fan-in, and how many neurons are dead.
 
@@ -81,8 +81,8 @@ def fan_in_statistics(
     for path, count in named_leaves(counts).items():
         if not count.size:
             continue
-        axes = kernel_axes(path, count.ndim, out_axes, batch_axes)
-        over = axes.incoming + axes.out
+        batch = axes_of_stack(path, count.ndim, batch_axes)
+        over = tuple(axis for axis in range(count.ndim) if axis not in batch)
         neurons = math.prod(count.shape[axis] for axis in over)
         total = jnp.sum(count, axis=over, keepdims=True)
         # Quotient, remainder and differences in integers (the latter at most the leaf's size), so
@@ -104,7 +104,7 @@ def summary(
     params: PyTree,
     masks: PyTree,
     *,
-    out_axes: AxesByPath = -1,
+    out_axes: AxesByPath | None = None,
     batch_axes: AxesByPath = (),
 ) -> str:
     """A table of the sparse layers, for people: print it after ``init``.

@@ -29,13 +29,11 @@ class Regime(NamedTuple):
     Attributes:
       topology: when and how the masks of these leaves change.
       leaves: their numbers among the maskable leaves.
-      out_axes: as in ``sparse_training``.
-      batch_axes: likewise.
+      batch_axes: as in ``sparse_training``.
     """
 
     topology: Topology
     leaves: tuple[int, ...]
-    out_axes: AxesByPath
     batch_axes: AxesByPath
 
     @property
@@ -92,9 +90,7 @@ def update_if_due(
     def change(activity: list[Array], fan_in: list[Array]) -> tuple[list[Array], list[Array]]:
         own_scores = tree([ranked[i] for i in leaves])
         if topology.grow_by == "corrected_gradient":
-            own_scores = scale_by_fan_in(
-                own_scores, tree(fan_in), None, regime.out_axes, regime.batch_axes
-            )
+            own_scores = scale_by_fan_in(own_scores, tree(fan_in), None, regime.batch_axes)
         masks = topology.update(
             key(),
             state.step,

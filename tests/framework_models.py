@@ -7,8 +7,8 @@ index neurons. What a user of each framework has to do:
 - Flax NNX: split off the ``nnx.Param`` variables. Paths are the same in an ``nnx.State`` of
   variables, a pure dict and ``nnx.Optimizer``.
 - Equinox: give ``tx.init`` the arrays, ``eqx.filter(model, eqx.is_inexact_array)``, since a model
-  also holds functions, and say ``out_axes=0``, since its kernels are (out, in, ...). Everything
-  else takes the model.
+  also holds functions. Everything else takes the model.
+- Attention without biases, in Flax: say ``out_axes``.
 """
 
 from collections.abc import Callable
@@ -42,14 +42,14 @@ class Case(NamedTuple):
       predict: ``(params, x) -> outputs (batch, 3)``, through the framework's own model.
       kernels: path -> (shape, axes that index neurons), by hand.
       dense: paths of all other leaves.
-      out_axes: the setting that is to give those axes.
+      out_axes: the setting that is to give those axes; None where they are to be found.
     """
 
     params: Any
     predict: Callable[[Any, Any], Any]
     kernels: dict[str, tuple[tuple[int, ...], Any]]
     dense: tuple[str, ...]
-    out_axes: Any = -1
+    out_axes: Any = None
 
     def loss(self, params):
         return jnp.mean((self.predict(params, X) - Y) ** 2)
@@ -164,9 +164,9 @@ NNX_KERNELS = {
 NNX_DENSE = ("conv/bias", "norm/scale", "norm/bias", "layers/0/bias", "layers/1/bias")
 
 
-def _nnx(model, kernels, dense, out_axes=-1):
+def _nnx(model, kernels, dense):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return Case(params, lambda p, x: nnx.merge(graphdef, p, rest)(x), kernels, dense, out_axes)
+    return Case(params, lambda p, x: nnx.merge(graphdef, p, rest)(x), kernels, dense)
 
 
 def nnx_state():
@@ -191,8 +191,7 @@ class NNXAttention(nnx.Module):
 
 
 def nnx_attention():
-    out_axes = {f"*/{name}/kernel": (-2, -1) for name in PROJECTIONS}
-    return _nnx(NNXAttention(nnx.Rngs(0)), ATTENTION_KERNELS, ATTENTION_BIASES, out_axes)
+    return _nnx(NNXAttention(nnx.Rngs(0)), ATTENTION_KERNELS, ATTENTION_BIASES)
 
 
 # --- Equinox ---------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def _equinox(model, kernels, dense):
     def predict(params, x):
         return jax.vmap(eqx.combine(params, static))(x)
 
-    return Case(params, predict, kernels, dense, out_axes=0)
+    return Case(params, predict, kernels, dense)
 
 
 def equinox():

@@ -215,7 +215,7 @@ def check_same_run(params, masks, done):
 @pytest.mark.usefixtures("standard_promotion")
 def test_linen_train_state():
     done = run(linen)
-    case, tx = done.case, transformation(-1)
+    case, tx = done.case, transformation(None)
 
     @jax.jit
     def create(params):
@@ -240,7 +240,7 @@ def mean_square(model):
 @pytest.mark.parametrize("kind", [nnx.Optimizer, nnx.ModelAndOptimizer])
 def test_nnx_optimizer(kind):
     """Its state's leaves are in variables of other kinds than the model's."""
-    model, tx = NNXNet(nnx.Rngs(0)), transformation(-1)
+    model, tx = NNXNet(nnx.Rngs(0)), transformation(None)
     optimizer = kind(model, tx, wrt=nnx.Param)
 
     def params():
@@ -286,7 +286,7 @@ def test_nnx_optimizer(kind):
 def test_boxes_of_nnx_make_no_difference():
     """Masks in an optimizer's variables against the same masks as plain arrays."""
     model = NNXNet(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, transformation(-1), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, transformation(None), wrt=nnx.Param)
     params, boxed = nnx.state(model, nnx.Param), sx.get_masks(optimizer.opt_state)
     assert isinstance(boxed["conv"]["kernel"], nnx.Variable)
     assert not isinstance(boxed["conv"]["kernel"], nnx.Param)
@@ -324,7 +324,7 @@ def test_boxes_of_nnx_make_no_difference():
 @pytest.mark.usefixtures("standard_promotion")
 def test_equinox_loop():
     """As its users write it, with the whole model in the place of params."""
-    tx, done = transformation(0), run(equinox)
+    tx, done = transformation(None), run(equinox)
     model = EquinoxNet(jax.random.key(0))
     opt_state = jax.jit(tx.init)(eqx.filter(model, eqx.is_inexact_array))
     model = sx.apply_masks(model, sx.get_masks(opt_state))
@@ -341,7 +341,7 @@ def test_equinox_loop():
     params, masks = eqx.filter(model, eqx.is_inexact_array), sx.get_masks(opt_state)
     check_same_run(arrays(params), arrays(masks), done)
     expected = done.masks[OWN_STEPS]
-    assert sx.summary(model, masks) == sx.summary(expected, expected)
+    assert sx.summary(model, masks) == sx.summary(expected, expected, out_axes=0)
 
     moved, opt_state = sx.update_topology(tx, opt_state, model, grads)
     assert moved.activation is jnp.tanh
@@ -349,7 +349,7 @@ def test_equinox_loop():
     for path, weights in arrays(eqx.filter(moved, eqx.is_inexact_array)).items():
         np.testing.assert_array_equal(weights[~new[path]], 0, err_msg=path)
     # Those that take masks and no gradient: the model against its arrays alone.
-    for function in (sx.apply_masks, functools.partial(sx.scale_to_fan_in, out_axes=0)):
+    for function in (sx.apply_masks, sx.scale_to_fan_in):
         whole = eqx.filter(function(model, masks), eqx.is_inexact_array)
         jax.tree.map(np.testing.assert_array_equal, whole, function(params, masks))
     count = [
@@ -370,7 +370,7 @@ def test_equinox_loop():
 @pytest.mark.usefixtures("standard_promotion")
 def test_equinox_trains_a_part_of_the_model():
     """The cure that the error above names."""
-    tx = transformation(0)
+    tx = transformation(None)
     model = EquinoxNet(jax.random.key(0))
     trains = eqx.tree_at(lambda m: m.layers[0], jax.tree.map(eqx.is_inexact_array, model), False)
     opt_state = tx.init(eqx.partition(model, trains)[0])
@@ -389,7 +389,7 @@ def test_equinox_trains_a_part_of_the_model():
 
 def test_an_equinox_model_with_its_functions_is_refused_at_init():
     with pytest.raises(TypeError, match=r"leaf 'activation' is a .* eqx.filter"):
-        transformation(0).init(EquinoxNet(jax.random.key(0)))
+        transformation(None).init(EquinoxNet(jax.random.key(0)))
 
 
 @pytest.mark.parametrize("case", [nnx_state, nnx_pure_dict])
