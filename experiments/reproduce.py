@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments import distributed, metrics, report, sweep, train, workdir
 from experiments.divergence import DivergedError
-from experiments.paper import figures, gradient_ratio, neuron_steps, reported, side_by_side
+from experiments.paper import (
+    cold_start,
+    figures,
+    gradient_ratio,
+    neuron_steps,
+    reported,
+    side_by_side,
+)
 from experiments.paper.request import Request, parse
 from experiments.paper.side_by_side import QUANTITIES, Row
 from experiments.programs import kept_in
@@ -29,6 +36,11 @@ from experiments.terminal import tolerant_output
 
 if TYPE_CHECKING:
     import matplotlib.figure
+
+_MEASUREMENTS = {
+    "gradient_ratio": gradient_ratio, "neuron_steps": neuron_steps, "cold_start": cold_start
+}  # fmt: skip
+"""What is no sweep, by what a reproduction shows: modules that measure, table and draw it."""
 
 
 def reproduce(asked: Request, stop: StopRequests) -> None:
@@ -248,22 +260,17 @@ def _measure(asked: Request) -> None:
     """Does a reproduction that is no sweep: one function measures, tables and draws it."""
     (setting,) = asked.settings.values()
     keep = asked.workdir / f"{asked.reproduction.name}-parts.json"
-    table: Callable[[Mapping[str, Any]], str]
+    measurement: Any = _MEASUREMENTS[asked.reproduction.shows]
     with distributed.lock(lambda: workdir.lock(asked.workdir)), kept_in(asked.workdir):
-        if asked.reproduction.shows == "gradient_ratio":
-            found = gradient_ratio.measure(setting.config, say=_say, keep=keep)
-            table, figure = gradient_ratio.table, gradient_ratio.figure
-        else:
-            found = neuron_steps.measure(setting.config, say=_say, keep=keep)
-            table, figure = neuron_steps.table, neuron_steps.figure
+        found = measurement.measure(setting.config, say=_say, keep=keep)
     if not distributed.is_main():
         return
     written = [
         asked.workdir / f"{asked.reproduction.name}{end}" for end in (".json", "-figure.png")
     ]
     metrics.write_json(written[0], _header(asked) | {"found": found})
-    plots.save(figure(found), written[1])
-    print("\n" + table(found) + "\n\n" + "\n".join(map(str, written)), flush=True)
+    plots.save(measurement.figure(found), written[1])
+    print("\n" + measurement.table(found) + "\n\n" + "\n".join(map(str, written)), flush=True)
 
 
 def _say(text: str) -> None:

@@ -198,6 +198,7 @@ def test_the_heading_says_whose_words_it_has():
         (["gradient-ratio", "--epochs=2"], "--epochs=2: gradient-ratio is measured before any"),
         (["gradient-ratio", "--config.epochs=2"], "--config.epochs=2: gradient-ratio"),
         (["gradient-ratio", "--config.sparsity=0.5"], "--config.sparsity=0.5: gradient-ratio"),
+        (["grown-warmup", "--config.momentum=0.5"], "0.5: grown-warmup trains an MLP of its own"),
         (["gradient-ratio", "--settings=x"], "gradient-ratio has one setting"),
     ],
 )

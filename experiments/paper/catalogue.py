@@ -254,6 +254,21 @@ _ALL = (
         _SMALL,
         {},
     ),
+    Reproduction(
+        "grown-warmup",
+        "whether Adam's cold start of grown weights costs accuracy (ours, not in the paper)",
+        "cold_start",
+        Config(
+            dataset="fashion_mnist",
+            data_dir="data",
+            model="mlp",
+            epochs=10,
+            learning_rate=1e-3,
+            weight_decay=1e-4,
+            seeds=5,
+        ),
+        {},
+    ),
 )
 
 BY_NAME: Mapping[str, Reproduction] = types.MappingProxyType({one.name: one for one in _ALL})

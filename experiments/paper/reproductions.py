@@ -16,7 +16,9 @@ from experiments import command_line
 from experiments.config import Config, ConfigError
 from experiments.paper import reported
 
-Shows = Literal["accuracy", "itop_rate", "sharpness", "factors", "gradient_ratio", "neuron_steps"]
+Shows = Literal[
+    "accuracy", "itop_rate", "sharpness", "factors", "gradient_ratio", "neuron_steps", "cold_start"
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,19 @@ _ARGUMENTS = ("--workdir", "--epochs", "--settings", *(f"--{name}" for name in _
 
 _FOLDERS = ("--workdir=", "--data_dir=", "--config.data_dir=")
 
-_OF_RATIO = (
-    "dataset", "data_dir", "train_split", "test_split", "label", "pool", "hidden", "batch_size",
-    "seed", "seeds",
-)  # fmt: skip
-"""Fields that mean something to the gradient ratio, which trains nothing."""
+_DATA = ("dataset", "data_dir", "train_split", "test_split", "label", "pool", "batch_size", "seed",
+         "seeds")  # fmt: skip
+_TAKES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "gradient_ratio": ("is measured before any training", ("hidden", *_DATA)),
+    "cold_start": (
+        "trains an MLP of its own by AdamW",
+        (
+            *_DATA, "sparsity", "distribution", "update_interval", "drop_fraction", "update_end",
+            "learning_rate", "schedule", "warmup_epochs", "weight_decay", "epochs",
+        ),
+    ),
+}  # fmt: skip
+"""Why a reproduction has no use for most fields, and those that mean something to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +155,8 @@ def parse(argv: Sequence[str]) -> Request:
     reproduction = reproduction.on(overrides.get("dataset", reproduction.base.dataset))
     typed_words = {name: f"--{name}={text}" for name, text in typed.items()}
     typed_words |= {name: f"--config.{name}={text}" for name, text in texts.items()}
-    if reproduction.shows == "gradient_ratio":
-        _check_of_ratio(reproduction, typed_words)
+    if reproduction.shows in _TAKES:
+        _check_taken(reproduction, typed_words)
     settings = _settings(reproduction, overrides, epochs, typed.get("settings"))
     workdir = work_folder(given.workdir or f"runs/{reproduction.name}")
     words = (reproduction.name, *typed_words.values(), f"--workdir={workdir}")
@@ -193,16 +201,16 @@ def _settings(
     return settings_of(reproduction, overrides, epochs, chosen)
 
 
-def _check_of_ratio(reproduction: Reproduction, typed: Mapping[str, str]) -> None:
-    """Raises ConfigError where a field is given that the gradient ratio has no use for.
+def _check_taken(reproduction: Reproduction, typed: Mapping[str, str]) -> None:
+    """Raises ConfigError where a field is given that the reproduction has no use for.
 
     Args:
-      reproduction: that of the gradient ratio.
+      reproduction: one of `_TAKES`.
       typed: the words of the command line, by what they give.
     """
+    reason, fields = _TAKES[reproduction.shows]
     for name, word in typed.items():
-        if name not in _OF_RATIO and name != "settings":
+        if name not in fields and name != "settings":
             raise ConfigError(
-                f"{word}: {reproduction.name} is measured before any training, and takes"
-                f" {', '.join(_OF_RATIO)} only"
+                f"{word}: {reproduction.name} {reason}, and takes {', '.join(fields)} only"
             )
