@@ -96,7 +96,10 @@ def test_it_is_json_and_is_shown(found, tmp_path, monkeypatch):
     assert re.search(rf"^dense +{accuracy:.2f} ± .* -  +-$", text, re.MULTILINE)
     assert text.count("set 0.999 correction - neither") == 4
     figure = cold_start.figure(found)
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [100, 100]
+    _, difference = figure.axes[0].lines
+    cured, base = (found["arms"][str(arm)]["around"] for arm in (ARMS[2], ARMS[1]))
+    assert difference.get_ydata() == pytest.approx(np.mean(cured, 0) - np.mean(base, 0))
+    assert list(difference.get_xdata()[[0, 19, 99]]) == [-19, 0, 80]
     plots.save(figure, tmp_path / "around.png")
 
 
@@ -106,6 +109,8 @@ def test_survival_by_hand():
     two = np.array([[0, 0, 1, 1], [1, 0, 1, 0]], bool)
     three = np.array([[1, 0, 0, 1], [0, 1, 1, 0]], bool)
     assert cold_start.survival([(one, two), (two, three)]).tolist() == [0.5, 1]
+    with pytest.raises(ConfigError, match="grow no weight"):
+        cold_start.survival([(one, one), (one, two)])
 
 
 @pytest.mark.parametrize(

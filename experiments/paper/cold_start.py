@@ -291,6 +291,9 @@ def survival(moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     Returns:
       The share by seed, over all weights and updates but the last.
 
+    Raises:
+      ConfigError: no weight grew.
+
     Example:
       >>> masks = np.array([[1, 1, 0, 0]]), np.array([[0, 0, 1, 1]]), np.array([[1, 0, 0, 1]])
       >>> one, two, three = (mask.astype(bool) for mask in masks)
@@ -299,7 +302,10 @@ def survival(moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """
     grown = [after & ~before for before, after in moves[:-1]]
     kept = [g & after for g, (_, after) in zip(grown, moves[1:], strict=True)]
-    share: np.ndarray = np.sum(kept, axis=(0, 2)) / np.sum(grown, axis=(0, 2))
+    count = np.sum(grown, axis=(0, 2))
+    if not count.all():
+        raise ConfigError("drop_fraction is so small that topology updates grow no weight")
+    share: np.ndarray = np.sum(kept, axis=(0, 2)) / count
     return share
 
 
@@ -374,7 +380,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
-    """Draws the training loss around topology updates: a panel for each topology and b2.
+    """Draws how each cure changes the loss around topology updates: a panel a topology and b2.
 
     Args:
       found: what `measure` returned.
@@ -382,14 +388,19 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     x = np.arange(-BEFORE, SHOWN) + 1
     panels: dict[str, dict[str, plots.Curve]] = {}
     for arm in ARMS:
-        if arm.topology != "dense":
+        if arm.topology != "dense" and arm.cure != "neither":
             panel = panels.setdefault(f"{arm.topology}, b2 = {arm.b2:g}", {})
-            panel[arm.cure] = plots.Curve(x, np.array(found["arms"][str(arm)]["around"]))
+            cured, base = (
+                np.array(found["arms"][str(one)]["around"])
+                for one in (arm, arm._replace(cure="neither"))
+            )
+            panel[f"{arm.cure} - neither"] = plots.Curve(x, cured - base)
     setting = found["setting"]
-    title = f"Loss around topology updates: AdamW, MLP on {setting['dataset']}"
     return plots.curves(
         panels,
-        "training loss, minus that before",
-        f"{title}, sparsity {setting['sparsity']:g}",
+        "training loss, difference",
+        f"Loss around topology updates, minus that before: AdamW, MLP on {setting['dataset']},"
+        f" sparsity {setting['sparsity']:g}",
+        band="ci95",
         xlabel="steps since a topology update",
     )
