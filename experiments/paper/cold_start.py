@@ -21,11 +21,10 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 
@@ -37,6 +36,9 @@ from experiments.paper.kept import Kept
 from experiments.reporting import plots, seed_statistics, tables
 from experiments.stepping import bound_in_flight
 from sparseopt_jax import models
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 FEATURES = (300, 100)
 """Hidden units, as in LeNet-300-100."""
