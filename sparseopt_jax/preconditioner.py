@@ -204,12 +204,13 @@ def decay_mask(mask: Any) -> Any:
         return mask
     if isinstance(mask, str) and mask == "kernels":
         return lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
-    for leaf in jax.tree.leaves(mask):
-        if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(
-                "mask must be 'kernels', a tree of bools, a function of the parameters, or None, "
-                f"got {mask!r}. In optax.inject_hyperparams name it in static_args=('mask',)"
-            )
+    leaves = jax.tree.leaves(mask)
+    # One bool for all leaves is what a function gives when it is called with a step.
+    if leaves == [mask] or not all(isinstance(leaf, bool | np.bool_) for leaf in leaves):
+        raise TypeError(
+            "mask must be 'kernels', a tree of bools, a function of the parameters, or None, "
+            f"got {mask!r}. In optax.inject_hyperparams name it in static_args=('mask',)"
+        )
     return mask
 
 
