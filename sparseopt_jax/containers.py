@@ -14,7 +14,14 @@ import optax
 from sparseopt_jax.inner_optimizer import map_copies
 from sparseopt_jax.masks import fitting
 from sparseopt_jax.state import SparseTrainingState, is_stand_in, mask_shapes
-from sparseopt_jax.trees import aligned, boxed_like, is_absent, is_hidden, named_leaves, unboxed
+from sparseopt_jax.trees import (
+    aligned,
+    boxed_like,
+    is_absent,
+    is_masked_node,
+    named_leaves,
+    unboxed,
+)
 
 PyTree: TypeAlias = Any
 
@@ -55,7 +62,9 @@ def opened(
 
 def boxes_of(state: SparseTrainingState) -> PyTree:
     """A tree with some leaf in the box of each parameter."""
-    return jax.tree.map(lambda a: a if is_hidden(a) else 0, state.activity, is_leaf=is_stand_in)
+    return jax.tree.map(
+        lambda a: a if is_masked_node(a) else 0, state.activity, is_leaf=is_stand_in
+    )
 
 
 def closed(state: SparseTrainingState, like: SparseTrainingState) -> SparseTrainingState:
@@ -87,7 +96,7 @@ def as_at_init(params: PyTree, masks: PyTree) -> PyTree:
     Where some leaves have none, in an ``optax.partition``, params are to be given as they were.
     """
     masks = unboxed(masks)
-    if any(map(is_hidden, jax.tree.leaves(masks, is_leaf=is_hidden))):
+    if any(map(is_masked_node, jax.tree.leaves(masks, is_leaf=is_masked_node))):
         return params
     return aligned(params, masks, ("params", "masks"), surplus=True)
 

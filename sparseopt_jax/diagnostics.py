@@ -20,7 +20,7 @@ from sparseopt_jax.masks import apply_masks, check_masks, fitting
 from sparseopt_jax.preconditioner import neuron_fan_in, scale_by_sparseopt
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.settings import as_int, check_function
-from sparseopt_jax.trees import is_hidden, named_leaves, path_str, unboxed
+from sparseopt_jax.trees import is_masked_node, named_leaves, path_str, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -143,7 +143,7 @@ def gradient_skew(
         within[path] = tuple(axis for axis in range(count.ndim) if axis not in batch)
 
     def to_unit_size(path: tuple[Any, ...], count: Any, gradient: Any, mask: Any) -> Any:
-        if is_hidden(count):
+        if is_masked_node(count):
             return gradient
         # Angle and ratio do not depend on the size, and squares neither overflow nor vanish.
         gradient = jnp.where(mask, gradient, jnp.zeros_like(gradient)).astype(jnp.float32)
@@ -151,7 +151,9 @@ def gradient_skew(
         largest = jnp.max(jnp.abs(gradient), axis=over, keepdims=True, initial=0.0)
         return gradient / jnp.where(largest == 0, 1.0, largest)
 
-    raw = jax.tree_util.tree_map_with_path(to_unit_size, counts, grads, masks, is_leaf=is_hidden)
+    raw = jax.tree_util.tree_map_with_path(
+        to_unit_size, counts, grads, masks, is_leaf=is_masked_node
+    )
     corrected, _ = tx.update(raw, tx.init(raw), masks=masks, fan_in=counts)
     raw, corrected = named_leaves(raw), named_leaves(corrected)
     return {path: _skew(raw[path], corrected[path], over) for path, over in within.items()}

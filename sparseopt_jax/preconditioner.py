@@ -32,7 +32,7 @@ from sparseopt_jax.trees import (
     aligned,
     boxed_like,
     is_absent,
-    is_hidden,
+    is_masked_node,
     named_leaves,
     path_str,
     unboxed,
@@ -230,7 +230,7 @@ def neuron_fan_in(
     """
     all_masks, masks = masks, fitting(masks, updates)
     # Inside optax.masked and optax.partition, a part of the updates is replaced by MaskedNode.
-    if not any(is_hidden(u) for u in jax.tree.leaves(updates, is_leaf=is_hidden)):
+    if not any(is_masked_node(u) for u in jax.tree.leaves(updates, is_leaf=is_masked_node)):
         check_patterns("out_axes", out_axes, named_leaves(updates))
         check_patterns("batch_axes", batch_axes, named_leaves(updates))
     if fan_in is None:
@@ -270,7 +270,7 @@ def scale_by_fan_in(
     """Multiply each neuron's update by its factor; ``counts`` as ``neuron_fan_in`` gives them."""
 
     def layer_of(path: tuple[Any, ...], update: Any, count: Any) -> Any:
-        if is_hidden(count):
+        if is_masked_node(count):
             return count
         batch = axes_of_stack(path_str(path), count.ndim, batch_axes)
         return _Layer(update, count, batch)
@@ -293,7 +293,7 @@ def scale_by_fan_in(
                 ratio = jnp.where(layer.is_dense, 1.0, ratio / network_density)
         return update * jnp.sqrt(ratio).astype(update.dtype)
 
-    return jax.tree.map(scale, layers, updates, is_leaf=lambda x: _is_layer(x) or is_hidden(x))
+    return jax.tree.map(scale, layers, updates, is_leaf=lambda x: _is_layer(x) or is_masked_node(x))
 
 
 class _Layer:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax.trees import boxed_like, is_hidden, unboxed
+from sparseopt_jax.trees import boxed_like, is_masked_node, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -24,7 +24,7 @@ PyTree: TypeAlias = Any
 
 def owners(tree: PyTree) -> Callable[[tuple[Any, ...]], Any]:
     """A function that finds the leaf of ``tree`` whose slot lies at a path in a state, or None."""
-    by_path = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hidden))
+    by_path = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node))
 
     def owner(path: tuple[Any, ...]) -> Any:
         # The longest end that is a leaf's path: a shorter one may be another leaf's.
@@ -66,7 +66,7 @@ def _slot_masks(masks: PyTree, shared: frozenset[Any]) -> Callable[[tuple[Any, .
 
     def slot_mask(path: tuple[Any, ...], slot: Any) -> Any:
         mask = mask_at(path)
-        if mask is None or is_hidden(mask) or path in shared or jnp.shape(slot) != mask.shape:
+        if mask is None or is_masked_node(mask) or path in shared or jnp.shape(slot) != mask.shape:
             return None
         return mask
 

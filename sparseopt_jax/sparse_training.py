@@ -66,7 +66,7 @@ from sparseopt_jax.trees import (
     aligned,
     boxed_like,
     is_absent,
-    is_hidden,
+    is_masked_node,
     named_leaves,
     path_str,
     unboxed,
@@ -429,8 +429,8 @@ def update_topology(
 def _all_masks(state: SparseTrainingState, params: PyTree) -> PyTree:
     """The masks, True everywhere for leaves that are never sparse."""
     return jax.tree.map(
-        lambda m, p: m if is_absent(p) or not is_hidden(m) else jnp.ones_like(p, jnp.bool_),
+        lambda m, p: m if is_absent(p) or not is_masked_node(m) else jnp.ones_like(p, jnp.bool_),
         active_masks(state),
         params,
-        is_leaf=is_hidden,
+        is_leaf=is_masked_node,
     )

@@ -19,7 +19,7 @@ from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import KernelAxes
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import fitting
-from sparseopt_jax.trees import aligned, boxed_like, is_hidden, named_leaves, unboxed
+from sparseopt_jax.trees import aligned, boxed_like, is_masked_node, named_leaves, unboxed
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -337,7 +337,7 @@ def _read(state: SparseTrainingState, of: Callable[[Array], Array]) -> PyTree:
     abstract = isinstance(step, jax.ShapeDtypeStruct)
 
     def read(activity: Any) -> Any:
-        if is_hidden(activity):
+        if is_masked_node(activity):
             return activity
         shape = activity.shape
         if isinstance(activity, NeverSparse):
@@ -358,9 +358,9 @@ def _merged(trees: Iterable[PyTree]) -> PyTree:
 
 
 def _merge(tree: PyTree, other: PyTree) -> PyTree:
-    if is_hidden(tree):
+    if is_masked_node(tree):
         return other
-    if is_hidden(other):
+    if is_masked_node(other):
         return tree
     parts, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
     others = jax.tree.leaves(other, is_leaf=lambda node: node is not other)

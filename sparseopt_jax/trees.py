@@ -27,14 +27,14 @@ def path_str(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_hidden(leaf: Any) -> bool:
+def is_masked_node(leaf: Any) -> bool:
     """Whether a node stands for a leaf that is left out of a tree, as in ``optax.masked``."""
     return isinstance(leaf, optax.MaskedNode)
 
 
 def is_absent(node: Any) -> bool:
     """Whether a node stands for leaves that are left out, in optax's way or in Equinox's."""
-    return node is None or is_hidden(node)
+    return node is None or is_masked_node(node)
 
 
 def is_array(leaf: Any) -> bool:

@@ -61,8 +61,10 @@ def test_arms_are_paired_and_part_where_the_first_weights_grow(losses):
     """The same weights, masks and batches; the step that grows weights moves them differently."""
     neither, correction = losses
     assert neither.shape == correction.shape == (2, 180)
-    np.testing.assert_array_equal(neither[:, :41], correction[:, :41])
-    assert (neither[:, 41:60] != correction[:, 41:60]).mean() > 0.9
+    # Two programs, which may round their products and sums in other places.
+    np.testing.assert_allclose(neither[:, :41], correction[:, :41], rtol=2e-3)
+    apart = np.abs(neither - correction)
+    assert apart[:, 41:60].mean() > 10 * apart[:, :41].mean()
     assert (neither[0] != neither[1]).all()
 
 

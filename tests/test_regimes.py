@@ -214,6 +214,25 @@ def test_update_topology_of_several(name):
     assert all("fan_in" in path or "changed_at" in path for path in others)
 
 
+def test_a_partition_with_a_part_that_is_not_sparse():
+    """Leaves that no ``sparse_training`` has count as dense."""
+    tx = optax.partition(
+        {"sparse": make_tx(optax.sgd(0.1), RIGL), "dense": optax.adam(1e-2)},
+        {path: "dense" if path.startswith("Dense") else "sparse" for path in LABELS},
+    )
+    params = jax.tree.map(jnp.asarray, make_params())
+    opt_state = tx.init(params)
+    masks = sx.get_masks(opt_state)
+    params = sx.apply_masks(params, masks)
+    np.testing.assert_array_equal(params["Dense_0"]["kernel"], make_params()["Dense_0"]["kernel"])
+    assert int((params["Conv_0"]["kernel"] != 0).sum()) == 108
+    assert "1 sparse leaf: 108 of 360 weights" in sx.summary(params, masks)
+    grads = random_grads(jax.random.key(0), params)
+    params, opt_state = sx.update_topology(tx, opt_state, params, grads)
+    opt_state = sx.set_masks(opt_state, masks)
+    jax.tree.map(np.testing.assert_array_equal, sx.get_masks(opt_state), masks)
+
+
 def test_a_wrapper_that_skips_steps_is_not_the_transformation_to_update():
     inner = several(automatic=False)
     tx = optax.MultiSteps(inner, 2).gradient_transformation()
