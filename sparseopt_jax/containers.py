@@ -91,18 +91,18 @@ def held_like(tree: PyTree, given: PyTree) -> PyTree:
 
 
 def as_at_init(params: PyTree, masks: PyTree) -> PyTree:
-    """What a transformation with these masks was given by ``init``: of a model, what has masks.
+    """Without boxes, what ``init`` was given: of a whole model, the leaves that have masks.
 
     Where some leaves have none, in an ``optax.partition``, params are to be given as they were.
     """
     masks = unboxed(masks)
     if any(map(is_masked_node, jax.tree.leaves(masks, is_leaf=is_masked_node))):
-        return params
+        return unboxed(params)
     return aligned(params, masks, ("params", "masks"), surplus=True)
 
 
 def part_of(tx: Any, opt_state: optax.OptState, params: PyTree) -> optax.OptState:
-    """The part of ``opt_state`` that is the state of ``tx``."""
+    """The part of ``opt_state`` that is the state of ``tx``, without boxes."""
     structure = jax.tree.structure(unboxed(jax.eval_shape(tx.init, params)))
 
     def fits(node: Any) -> bool:
@@ -115,4 +115,4 @@ def part_of(tx: Any, opt_state: optax.OptState, params: PyTree) -> optax.OptStat
             "what is wrapped around it and was made for the same parameters as opt_state; got "
             f"{type(tx).__name__} and a state of type {type(opt_state).__name__}"
         )
-    return found[0]
+    return unboxed(found[0])

@@ -421,8 +421,9 @@ def update_topology(
     weights = map_copies(lambda p: as_at_init(p, masks), params)
     own = part_of(tx, opt_state, weights)
     tx = optax.with_extra_args_support(tx)
-    _, new = tx.update(grads, own, weights, update_topology_only=True)
-    states, masks = find_states(new), get_masks(new)
+    _, new = tx.update(unboxed(grads), own, weights, update_topology_only=True)
+    masks = get_masks(new)
+    states = map(boxed_like, find_states(new), find_states(opt_state))
     return map_copies(lambda p: apply_masks(p, masks), params), replace_states(opt_state, states)
 
 

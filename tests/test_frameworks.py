@@ -283,6 +283,34 @@ def test_nnx_optimizer(kind):
         np.testing.assert_array_equal(weights[~after[path]], 0, err_msg=path)
 
 
+@pytest.mark.parametrize("wrap", ["multi_steps", "partition"])
+def test_nnx_optimizer_around_what_is_wrapped(wrap):
+    """A topology update by hand of a state in an optimizer's variables, deep in another's."""
+    model, sparse = NNXNet(nnx.Rngs(0)), transformation(None)
+
+    def labels(params):
+        return jax.tree.map_with_path(lambda path, _: "b" if "conv" in str(path) else "a", params)
+
+    if wrap == "partition":
+        outer = sparse = optax.partition({"a": sparse, "b": optax.sgd(RATE, 0.9)}, labels)
+    else:
+        outer = optax.MultiSteps(sparse, 2).gradient_transformation()
+    optimizer = nnx.Optimizer(model, outer, wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    grads = jax.tree.map(jnp.cos, params)
+    before = arrays(sx.get_masks(optimizer.opt_state))
+    moved, opt_state = sx.update_topology(sparse, optimizer.opt_state, params, grads)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    assert jax.tree.structure(opt_state) == jax.tree.structure(optimizer.opt_state)
+    after = arrays(sx.get_masks(opt_state))
+    assert ("conv/kernel" in after) == (wrap == "multi_steps")
+    path = "layers/0/kernel"
+    assert (after[path] != before[path]).any()
+    np.testing.assert_array_equal(arrays(moved)[path][~after[path]], 0)
+    again = sx.set_masks(opt_state, sx.get_masks(optimizer.opt_state))
+    np.testing.assert_array_equal(arrays(sx.get_masks(again))[path], before[path])
+
+
 def test_boxes_of_nnx_make_no_difference():
     """Masks in an optimizer's variables against the same masks as plain arrays."""
     model = NNXNet(nnx.Rngs(0))

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import sparseopt_jax as sx
+from tests import oracles
 
 
 @flax.struct.dataclass
@@ -155,3 +156,23 @@ def test_a_state_is_given_what_init_was_given():
         sx.set_masks(state, sx.get_masks(state) | {"b": None})
     with pytest.raises(ValueError, match="missing: c; not in params: none"):
         tx.update(params | {"c": jnp.ones(3)}, state, params)
+
+
+def test_links_and_ham_take_a_whole_model():
+    """Gradients are None where the model holds a function, as Equinox gives them."""
+    params = {"w": nnx.Param(jnp.asarray(WEIGHT)), "f": jnp.tanh}
+    grads = {"w": nnx.Param(jnp.asarray(np.cos(WEIGHT))), "f": None}
+    masks = {"w": MASK, "f": None}
+    links = optax.chain(
+        sx.zero_inactive(), sx.scale_by_sparseopt(None), optax.scale(-1.0), sx.keep_params_masked()
+    )
+    updates, _ = links.update(grads, links.init(grads), params, masks=masks)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    factor = oracles.sparseopt_factors({"w": MASK}, None)["w"]
+    expected = np.where(MASK, -factor * np.cos(WEIGHT), -WEIGHT)
+    np.testing.assert_allclose(updates["w"].get_value(), expected, rtol=1e-6)
+    # Without its multiplication HAM is the optimizer inside.
+    ham, sgd = sx.ham(optax.sgd(0.5), 0.5, alpha=0, beta=0), optax.sgd(0.5)
+    updates, _ = ham.update(grads, ham.init(grads), params)
+    plain, _ = sgd.update(grads, sgd.init(grads), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, plain)
