@@ -101,16 +101,12 @@ def test_a_prunable_that_is_no_function_of_path_and_leaf(prunable, message):
 
 
 def test_other_predicates_that_are_none():
-    message = "must be a function of a leaf's path, or None, got "
+    message = "layers must be a function of a leaf's path, or None, got "
     pattern = r"'head/\*'; for a pattern: lambda path: fnmatch"
-    with pytest.raises(TypeError, match="static_layers " + message + pattern):
-        sparse_training(distribution=sx.ERK(0.5), static_layers="head/*")
-    with pytest.raises(TypeError, match="layers " + message + pattern):
+    with pytest.raises(TypeError, match=message + pattern):
         sx.sparseopt(0.1, layers="head/*")
-    with pytest.raises(
-        TypeError, match="static_layers " + message + ".*missing a required argument"
-    ):
-        sparse_training(distribution=sx.ERK(0.5), static_layers=lambda path, leaf: True)
+    with pytest.raises(TypeError, match=message + ".*missing a required argument"):
+        sx.sparseopt(0.1, layers=lambda path, leaf: True)
 
 
 def test_functions_without_a_signature_are_taken():
