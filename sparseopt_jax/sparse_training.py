@@ -276,15 +276,25 @@ def sparse_training(
             if regime.topology.skip_step:
                 skips = skips | is_update
             if frozen is None:
-                frozen = frozen_leaves(inner_update, grads)
-            moving = tuple(i for i in regime.leaves if paths[i] not in frozen)
-            if moving:
-                regime, key = (
-                    regime._replace(leaves=moving),
-                    functools.partial(topology_key, number),
-                )
-                state = update_if_due(regime, is_update, key, state, params, scores)
+                frozen = frozen_of(inner_update, grads, now)
+            moving = regime._replace(
+                leaves=tuple(i for i in regime.leaves if paths[i] not in frozen)
+            )
+            key = functools.partial(topology_key, number)
+            if moving.leaves:
+                state = update_if_due(moving, is_update, key, state, params, scores)
         return state, skips
+
+    def frozen_of(
+        inner_update: Callable[[PyTree], PyTree], grads: PyTree, now: bool
+    ) -> frozenset[str]:
+        try:
+            return frozen_leaves(inner_update, grads)
+        except TypeError:
+            if not now:
+                raise
+            # An update by hand lacks what the optimizer asks for on a step, such as the loss.
+            return frozenset()
 
     def update_fn(
         updates: PyTree,

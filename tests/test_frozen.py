@@ -114,6 +114,19 @@ def test_frozen_layers_keep_their_weights(name, topology):
     np.testing.assert_array_equal(old, new)
 
 
+def test_an_update_by_hand_of_an_optimizer_that_asks_for_more():
+    """Polyak's step needs the loss, which no topology update has."""
+    tx = sx.sparse_training(
+        optax.polyak_sgd(), distribution=sx.ERK(0.5), topology=sx.SET(1, 0.3, 100)
+    )
+    params, opt_state = start(tx, PARAMS)
+    _, after = sx.update_topology(tx, opt_state, params, PARAMS)
+    old, new = (sx.get_masks(state)["free"]["kernel"] for state in (opt_state, after))
+    assert (old != new).any()
+    with pytest.raises(TypeError, match="value"):
+        tx.update(PARAMS, opt_state, params)
+
+
 @pytest.mark.parametrize(
     "topology",
     [sx.SET(1, 0.3, 100), sx.RigL(1, 0.3, 100), sx.RigL(2, 0.3, 100, accumulate_steps=2)],
