@@ -31,7 +31,7 @@ from experiments.config import ConfigError
 from experiments.data.errors import DataError
 from experiments.paths import local_path
 from experiments.prepare_requirements import gigabytes
-from experiments.terminal import tolerant_output
+from experiments.terminal import swallowed_interrupts_unprinted, tolerant_output
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -386,12 +386,13 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
-    """Raises KeyboardInterrupt now, and again soon: some libraries swallow one now and then."""
+    """Raises KeyboardInterrupt now, and again soon: a callback, or a library, may swallow one."""
     signal.setitimer(signal.ITIMER_REAL, 1)
     raise KeyboardInterrupt
 
 
 @tolerant_output()
+@swallowed_interrupts_unprinted()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 (data, network), 2 (wrong setting), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -15,6 +15,8 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+from experiments.terminal import swallowed_interrupts_unprinted
+
 
 class StopRequests:
     """Hears of requests to stop while it is entered.
@@ -30,12 +32,14 @@ class StopRequests:
         self._signal: int | None = None
         self._deferred = False
         self._before: dict[int, Any] = {}
+        self._entered = contextlib.ExitStack()
         self._asked = 0
         self._agreed = False
 
     def __enter__(self) -> Self:
         """Installs handlers of signals, where this process is alone."""
         if jax.process_count() == 1:
+            self._entered.enter_context(swallowed_interrupts_unprinted())
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -50,6 +54,7 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        self._entered.close()
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         del frame

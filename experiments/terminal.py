@@ -1,4 +1,4 @@
-"""What commands print, on a terminal or in a file that does not take every character."""
+"""What commands print, and what they do not, on any terminal and into any file."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def tolerant_output() -> Iterator[None]:
     finally:
         for stream in changed:
             stream.reconfigure(errors="strict")
+
+
+@contextlib.contextmanager
+def swallowed_interrupts_unprinted() -> Iterator[None]:
+    """While the body runs, a KeyboardInterrupt that Python cannot hand on is not printed.
+
+    A signal may arrive within a callback of the garbage collector, a weak reference's, or a
+    `__del__`. What is raised there ends nothing: Python writes a traceback to stderr and goes on.
+    This is for those who notice the request all the same, later or at its repetition.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            before(unraisable)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

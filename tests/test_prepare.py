@@ -329,3 +329,31 @@ def test_ctrl_c(tmp_path):
         err == f"\ninterrupted; to continue: python -m experiments.prepare {' '.join(arguments)}\n"
     )
     assert not list((tmp_path / "mnist").iterdir())
+
+
+SWALLOWED = """
+import os, signal, sys
+from experiments import prepare
+
+class Cache:
+    def __del__(self):  # Python cannot hand on what is raised here
+        os.kill(os.getpid(), signal.SIGINT)
+        sys.stderr.write("not reached")
+
+def interrupted_in_a_callback(*settings):
+    cache = Cache()
+    del cache
+    signal.pause()  # no more than that one signal comes from outside
+
+prepare.prepare = interrupted_in_a_callback
+for number in (signal.SIGINT, signal.SIGALRM):
+    signal.signal(number, prepare._interrupt)
+sys.exit(prepare.main(["--dataset=mnist", "--data_dir=."]))
+"""
+
+
+def test_ctrl_c_that_python_swallows():
+    command = [sys.executable, "-c", SWALLOWED]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    again = "python -m experiments.prepare --dataset=mnist --data_dir=."
+    assert (done.returncode, done.stderr) == (130, f"\ninterrupted; to continue: {again}\n")
