@@ -13,6 +13,7 @@ from sparseopt_jax.diagnostics import hessian_top_eigenvalue as hessian_top_eige
 from sparseopt_jax.diagnostics import mask_churn as mask_churn
 from sparseopt_jax.distributions import ER as ER
 from sparseopt_jax.distributions import ERK as ERK
+from sparseopt_jax.distributions import Global as Global
 from sparseopt_jax.distributions import PerLayer as PerLayer
 from sparseopt_jax.distributions import Uniform as Uniform
 from sparseopt_jax.flops import LayerFLOPs as LayerFLOPs
@@ -28,6 +29,7 @@ from sparseopt_jax.masks import density as density
 from sparseopt_jax.masks import fan_in as fan_in
 from sparseopt_jax.masks import init_masks as init_masks
 from sparseopt_jax.masks import scale_to_fan_in as scale_to_fan_in
+from sparseopt_jax.one_shot import masks_from_scores as masks_from_scores
 from sparseopt_jax.preconditioner import MissingMasksError as MissingMasksError
 from sparseopt_jax.preconditioner import scale_by_sparseopt as scale_by_sparseopt
 from sparseopt_jax.preconditioner import sparseopt as sparseopt
@@ -36,6 +38,9 @@ from sparseopt_jax.recipes import sparseopt_adamw as sparseopt_adamw
 from sparseopt_jax.recipes import sparseopt_ham as sparseopt_ham
 from sparseopt_jax.recipes import sparseopt_lion as sparseopt_lion
 from sparseopt_jax.recipes import sparseopt_muon as sparseopt_muon
+from sparseopt_jax.scores import grasp_scores as grasp_scores
+from sparseopt_jax.scores import snip_scores as snip_scores
+from sparseopt_jax.scores import synflow_scores as synflow_scores
 from sparseopt_jax.selection import random_mask as random_mask
 from sparseopt_jax.selection import top_k_mask as top_k_mask
 from sparseopt_jax.sharding import state_shardings as state_shardings

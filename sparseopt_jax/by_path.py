@@ -41,12 +41,24 @@ def grouped(
 
 
 def layer_counts(
-    distribution: ByPath[Any], layers: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """Number of weights that each layer keeps; layers that no pattern matches stay dense."""
-    counts = {path: math.prod(shape) for path, shape in layers.items()}
+    distribution: ByPath[Any],
+    layers: Mapping[str, tuple[int, ...]],
+    scores: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Number of weights that each layer keeps; layers that no pattern matches stay dense.
+
+    Args:
+      distribution: one, or a mapping from patterns to several.
+      layers: the layers' shapes by path.
+      scores: the layers' scores by path, for distributions that count by them; such counts are
+        int32 scalar arrays. Without scores all counts are ints.
+    """
+    counts: dict[str, Any] = {path: math.prod(shape) for path, shape in layers.items()}
     names = list(layers)
     for one, numbers in grouped("distribution", distribution, names):
-        if numbers:
-            counts |= one.layer_counts({names[i]: layers[names[i]] for i in numbers})
+        own = [names[i] for i in numbers]
+        if own and scores is not None and hasattr(one, "counts_from_scores"):
+            counts |= one.counts_from_scores({name: scores[name] for name in own})
+        elif own:
+            counts |= one.layer_counts({name: layers[name] for name in own})
     return counts

@@ -1,8 +1,9 @@
-"""How many weights each layer keeps: Uniform, ER, ERK and PerLayer.
+"""How many weights each layer keeps: Uniform, ER, ERK, PerLayer and Global.
 
 A distribution is a frozen value. It sees the layers' shapes only and answers with integers, so the
 kept weights hit the target sparsity over the layers in its budget up to half a weight a layer.
-Layers without weights are left out of the answer.
+Layers without weights are left out of the answer. ``Global`` sees scores as well, where there are
+any.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from sparseopt_jax.patterns import matching
-from sparseopt_jax.settings import as_number, keep, kind_of
+import jax
+import jax.numpy as jnp
 
+from sparseopt_jax.patterns import matching
+from sparseopt_jax.selection import INT32_MAX, top_k_mask, top_k_masks
+from sparseopt_jax.settings import as_int, as_number, keep, kind_of
+from sparseopt_jax.stacks import Layout, Rows
+
+Array: TypeAlias = jax.Array
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Overrides: TypeAlias = Mapping[str, float]
+
+# Of the rows in which ``Global`` lays scores end to end.
+_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,128 @@ class PerLayer:
         layers = _not_empty(layers)
         chosen = _overridden(layers, self.sparsities, name="sparsities")
         return _counts(layers, {path: 1.0 - chosen.get(path, 0.0) for path in layers})
+
+
+@dataclass(frozen=True)
+class Global:
+    """One threshold over all layers: each keeps what its scores make it keep, but for a floor.
+
+    It is for ``masks_from_scores``. The largest ``floor`` scores of each layer are kept, and of all
+    others the largest of the whole network, so that exactly ``round((1 - sparsity) * n)`` of ``n``
+    weights are. Scores that are NaN come last; among equal ones at the threshold the layers that
+    come first in the tree win.
+
+    Where there are no scores (``init_masks``, ``sparse_training``, ``keep_top_k``) layers keep
+    weights in proportion to their sizes, as random scores would make them, and none less than its
+    floor; the total is the same. Topologies keep the counts that a run begins with: to train on
+    by-score counts, pass ``sparse_training(masks=masks_from_scores(...))``.
+
+    Attributes:
+      sparsity: share of weights that the layers give up together, in [0, 1).
+      floor: what each layer keeps at least: a number of weights, where it is an int, or a density
+        in [0, 1], where it is a float (rounded down to a whole weight). A layer that has fewer
+        weights stays dense. Each keeps one weight in any case.
+      overrides: sparsity by glob pattern over the path, for layers that stand outside the budget;
+        the first pattern that matches counts.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: a sparsity or floor out of range; from its methods: a pattern that matches no
+        layer, or floors that add up to more than the weights that are left.
+
+    Source: Lee et al., SNIP (arXiv 1810.02340), algorithm 1; without floors whole layers can
+    vanish (Tanaka et al., arXiv 2006.05467, section 4).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> scores = {"a": jnp.array([9.0, 8.0, 7.0, 6.0]), "b": jnp.array([5.0, 4.0])}
+      >>> {k: int(n) for k, n in sx.Global(0.5).counts_from_scores(scores).items()}
+      {'a': 2, 'b': 1}
+      >>> sx.Global(0.5).layer_counts({"a": (30, 4), "b": (4, 2)})
+      {'a': 60, 'b': 4}
+    """
+
+    sparsity: float
+    floor: float = 1
+    overrides: Overrides | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        floor = as_number("floor", self.floor, "a number of weights (int) or a density (float)")
+        if isinstance(floor, int):
+            as_int("floor", floor, at_least=0)
+        elif not 0.0 <= floor <= 1.0:
+            raise ValueError(
+                f"floor must be a density in [0, 1], or an int of weights, got {floor}"
+            )
+        keep(
+            self,
+            sparsity=_as_sparsity("sparsity", self.sparsity),
+            floor=floor,
+            overrides=_as_overrides("overrides", self.overrides),
+        )
+
+    def layer_counts(self, layers: Shapes) -> dict[str, int]:
+        """Number of weights that each layer keeps where there are no scores."""
+        layers = _not_empty(layers)
+        outside, floors, budget = self._budget(layers)
+        sizes = {path: math.prod(layers[path]) for path in floors}
+        counts = dict(floors)
+        while sizes:
+            total = sum(sizes.values())
+            full = [path for path, size in sizes.items() if floors[path] * total > budget * size]
+            if not full:
+                break
+            budget -= sum(floors[path] for path in full)
+            sizes = {path: size for path, size in sizes.items() if path not in full}
+        # In whole numbers; what rounding down leaves goes to the largest remainders.
+        counts |= {path: budget * size // total for path, size in sizes.items()}
+        left = budget - sum(counts[path] for path in sizes)
+        for path in sorted(sizes, key=lambda path: -(budget * sizes[path] % total))[:left]:
+            counts[path] += 1
+        return {path: (outside | counts)[path] for path in layers}
+
+    def counts_from_scores(self, scores: Mapping[str, Array]) -> dict[str, Array]:
+        """Number of weights that each layer keeps, int32 scalars, from floating scores by path."""
+        shapes = {path: a.shape for path, a in scores.items() if a.size}
+        outside, floors, budget = self._budget(shapes)
+        found = {path: jnp.int32(count) for path, count in outside.items()}
+        if not floors:
+            return found
+        rows = Rows(tuple((1, scores[path].size) for path in floors), _WIDTH)
+        if math.prod(rows.shape) > INT32_MAX:
+            raise ValueError(
+                f"Global counts in int32, over at most {INT32_MAX} weights, got {sum(rows.sizes)}: "
+                "give parts of the network one each, distribution={pattern: Global(...), ...}"
+            )
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(jnp.float32, *(scores[path] for path in floors))
+        together = rows.to_rows([scores[path].astype(dtype)[None] for path in floors])
+        layout = Layout((rows.shape,), (rows,))
+        least = jnp.array(list(floors.values()), jnp.int32)
+        (kept,) = top_k_masks([together], least, None, layout=layout)
+        (within,) = layout.within()
+        assert within is not None  # Rows have padding.
+        kept |= top_k_mask(together, budget - sum(floors.values()), where=within & ~kept)
+        counts = layout.total([jnp.sum(kept, axis=1, dtype=jnp.int32)])
+        return found | dict(zip(floors, counts, strict=True))
+
+    def _budget(self, layers: Shapes) -> tuple[dict[str, int], dict[str, int], int]:
+        """Counts of the layers outside the budget, floors of those inside, and the budget."""
+        outside = _overridden(layers, self.overrides)
+        sizes = {path: math.prod(shape) for path, shape in layers.items() if path not in outside}
+        budget = round((1.0 - self.sparsity) * sum(sizes.values()))
+        if isinstance(self.floor, int):
+            floors = {path: max(1, min(size, self.floor)) for path, size in sizes.items()}
+        else:
+            floors = {path: max(1, math.floor(size * self.floor)) for path, size in sizes.items()}
+        if sum(floors.values()) > budget:
+            raise ValueError(
+                f"floor={self.floor} asks for {sum(floors.values())} weights of {len(floors)} "
+                f"layers, of which sparsity={self.sparsity} leaves {budget}: lower either"
+            )
+        kept = _counts({p: layers[p] for p in outside}, {p: 1.0 - s for p, s in outside.items()})
+        return kept, floors, budget
 
 
 def _first_layer(layers: Shapes) -> str:

@@ -48,7 +48,8 @@ PyTree: TypeAlias = Any
 class Distribution(Protocol):
     """How many weights each layer keeps; see ``Uniform``, ``ER``, ``ERK`` and ``PerLayer``.
 
-    Anything with this method is one.
+    Anything with this method is one. ``Global`` has a second, ``counts_from_scores``, which
+    ``masks_from_scores`` calls in its place, with the layers' scores by path.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -85,7 +86,7 @@ class Layers(NamedTuple):
 
 
 def maskable_layers(
-    params: PyTree, prunable: Prunable, batch_axes: AxesByPath = ()
+    params: PyTree, prunable: Prunable, batch_axes: AxesByPath = (), argument: str = "params"
 ) -> dict[str, Layers]:
     """The leaves, by path, that ``prunable`` chooses, unless they stack something smaller.
 
@@ -105,8 +106,8 @@ def maskable_layers(
             continue
         if not hasattr(leaf, "ndim"):
             raise TypeError(
-                f"params leaf {path!r} is a {type(leaf).__name__}, not an array. Leave such leaves "
-                "out of params, in Equinox by eqx.filter(model, eqx.is_inexact_array)"
+                f"{argument} leaf {path!r} is a {type(leaf).__name__}, not an array. Leave such "
+                f"leaves out of {argument}, in Equinox by eqx.filter(model, eqx.is_inexact_array)"
             )
         if not prunable(path, leaf):
             continue
@@ -115,8 +116,8 @@ def maskable_layers(
             continue
         if not is_selectable(leaf.dtype):
             raise TypeError(
-                f"params leaf {path!r} has dtype {leaf.dtype}; only float16, bfloat16, float32 and "
-                "float64 parameters can be sparse. Convert it, or leave it out with prunable"
+                f"{argument} leaf {path!r} has dtype {leaf.dtype}; only float16, bfloat16, float32 "
+                "and float64 arrays can be sparse. Convert it, or leave it out with prunable"
             )
         checked_size(leaf.shape)
         n = layers_of(leaf.shape, batch)
@@ -124,11 +125,30 @@ def maskable_layers(
         layers[path] = Layers(layer_shape(leaf.shape, batch), names, batch)
     if not layers:
         raise ValueError(
-            "prunable chooses no leaf of params, so there is nothing to make sparse. The default "
-            "takes leaves of two and more dimensions that are no embedding, norm, bias or scale; "
-            f"params has {listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
+            f"prunable chooses no leaf of {argument}, so there is nothing to make sparse. The "
+            "default takes leaves of two and more dimensions that are no embedding, norm, bias or "
+            "scale; "
+            f"{argument} has {listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
         )
     return layers
+
+
+def shapes_by_name(
+    params: PyTree,
+    layers: Mapping[str, Layers],
+    out_axes: AxesByPath | None,
+    batch_axes: AxesByPath,
+) -> dict[str, tuple[int, ...]]:
+    """The shapes by name that a distribution sees, in Flax's order: window, inputs, neurons."""
+    axes = out_axes_of(
+        params, out_axes, batch_axes, concerns=lambda path, p: path in layers and p.ndim > 2
+    )
+    shapes = {}
+    for path, leaf in named_leaves(params).items():
+        if path in layers:
+            shape = window_in_out(leaf.shape, kernel_axes(path, leaf.ndim, axes, batch_axes))
+            shapes.update(dict.fromkeys(layers[path].names, shape))
+    return shapes
 
 
 def init_masks(
@@ -172,15 +192,7 @@ def init_masks(
     """
     boxed, params = params, unboxed(params)
     layers = maskable_layers(params, prunable, batch_axes)
-    axes = out_axes_of(
-        params, out_axes, batch_axes, concerns=lambda path, p: path in layers and p.ndim > 2
-    )
-    shapes = {}
-    for path, leaf in named_leaves(params).items():
-        if path in layers:
-            shape = window_in_out(leaf.shape, kernel_axes(path, leaf.ndim, axes, batch_axes))
-            shapes.update(dict.fromkeys(layers[path].names, shape))
-    counts = layer_counts(distribution, shapes)
+    counts = layer_counts(distribution, shapes_by_name(params, layers, out_axes, batch_axes))
     # Layers of the same shape are drawn together, which keeps the compiled program small.
     alike: dict[tuple[int, ...], list[str]] = {}
     for path, leaf in layers.items():

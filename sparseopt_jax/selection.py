@@ -26,7 +26,7 @@ from sparseopt_jax.stacks import Layout, Stacks
 Array: TypeAlias = jax.Array
 
 _BITS = 2
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
@@ -276,10 +276,10 @@ def _checked_k(k: Any, shape: tuple[int, ...]) -> Array:
 def checked_size(shape: tuple[int, ...]) -> int:
     """Number of elements of ``shape``; ValueError where int32 could not count them."""
     size = math.prod(shape)
-    if size > _INT32_MAX:
+    if size > INT32_MAX:
         raise ValueError(
             f"an array of shape {shape} has {size} elements; selection counts in int32 and takes "
-            f"at most {_INT32_MAX}: split the layer"
+            f"at most {INT32_MAX}: split the layer"
         )
     return size
 
