@@ -52,6 +52,7 @@ from sparseopt_jax.state import get_explored as get_explored
 from sparseopt_jax.state import get_masks as get_masks
 from sparseopt_jax.state import itop_rate as itop_rate
 from sparseopt_jax.state import set_masks as set_masks
+from sparseopt_jax.straight_through import straight_through as straight_through
 from sparseopt_jax.summary import FanInStatistics as FanInStatistics
 from sparseopt_jax.summary import fan_in_statistics as fan_in_statistics
 from sparseopt_jax.summary import summary as summary

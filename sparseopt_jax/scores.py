@@ -28,12 +28,12 @@ def snip_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTre
 
     Args:
       loss: ``(params, *args) -> scalar``, over all examples that the scores are to see.
-      params: pytree of arrays; those that are not floating are passed on and get no score.
+      params: pytree of arrays; those that are not floating are passed on and have a score of 0.
       *args: further arguments of ``loss``, such as a batch.
 
     Returns:
       Scores of the structure, shapes and dtypes of ``params``, at least 0; None in the place of
-      leaves that are not floating.
+      leaves that are no arrays of numbers.
 
     Raises:
       ValueError: ``loss`` returns something else than one floating scalar.
@@ -52,7 +52,7 @@ def snip_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTre
     """
     weights, value = _of_weights(_scalar("loss", loss), params, args)
     grads = jax.grad(value)(weights)
-    return boxed_like(jax.tree.map(lambda w, g: jnp.abs(w * g), weights, grads), params)
+    return _scores(params, jax.tree.map(lambda w, g: jnp.abs(w * g), weights, grads))
 
 
 def grasp_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTree:
@@ -65,12 +65,12 @@ def grasp_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTr
     Args:
       loss: ``(params, *args) -> scalar``, twice differentiable. The paper's loss divides the
         logits by a temperature of 200.
-      params: pytree of arrays; those that are not floating are passed on and get no score.
+      params: pytree of arrays; those that are not floating are passed on and have a score of 0.
       *args: further arguments of ``loss``, such as a batch.
 
     Returns:
       Scores of the structure, shapes and dtypes of ``params``, of either sign; None in the place of
-      leaves that are not floating.
+      leaves that are no arrays of numbers.
 
     Raises:
       ValueError: ``loss`` returns something else than one floating scalar.
@@ -88,7 +88,7 @@ def grasp_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTr
     weights, value = _of_weights(_scalar("loss", loss), params, args)
     grad = jax.grad(value)
     products = jax.jvp(grad, (weights,), (grad(weights),))[1]
-    return boxed_like(jax.tree.map(jnp.multiply, weights, products), params)
+    return _scores(params, jax.tree.map(jnp.multiply, weights, products))
 
 
 def synflow_scores(apply: Function, params: PyTree, *args: Any) -> PyTree:
@@ -107,12 +107,12 @@ def synflow_scores(apply: Function, params: PyTree, *args: Any) -> PyTree:
 
     Args:
       apply: ``(params, *args) -> outputs``, an array or a tree of arrays, which are summed.
-      params: pytree of arrays; those that are not floating are passed on and get no score.
+      params: pytree of arrays; those that are not floating are passed on and have a score of 0.
       *args: further arguments of ``apply``; the input is to be ones.
 
     Returns:
-      Scores of the structure, shapes and dtypes of ``params``; None in the place of leaves that are
-      not floating.
+      Scores of the structure, shapes and dtypes of ``params``, at least 0; None in the place of
+      leaves that are no arrays of numbers.
 
     Raises:
       ValueError: ``apply`` returns no floating arrays.
@@ -138,7 +138,7 @@ def synflow_scores(apply: Function, params: PyTree, *args: Any) -> PyTree:
     weights, total = _of_weights(_total(apply), params, args)
     magnitudes = jax.tree.map(jnp.abs, weights)
     grads = jax.grad(total)(magnitudes)
-    return boxed_like(jax.tree.map(jnp.multiply, magnitudes, grads), params)
+    return _scores(params, jax.tree.map(jnp.multiply, magnitudes, grads))
 
 
 def _of_weights(
@@ -151,12 +151,27 @@ def _of_weights(
     )
 
     def of_weights(weights: PyTree) -> Array:
-        whole = jax.tree.map(
-            lambda w, p: p if w is None else w, weights, leaves, is_leaf=lambda w: w is None
-        )
-        return function(boxed_like(whole, params), *args)
+        return function(boxed_like(_filled(weights, leaves), params), *args)
 
     return jax.tree.map(jnp.asarray, weights), of_weights
+
+
+def _filled(tree: PyTree, others: PyTree) -> PyTree:
+    """``tree`` with what ``others`` has wherever it is None."""
+    return jax.tree.map(
+        lambda own, other: other if own is None else own, tree, others, is_leaf=lambda a: a is None
+    )
+
+
+def _scores(params: PyTree, of_weights: PyTree) -> PyTree:
+    """The scores of floating leaves, held as ``params``, with zeros for other arrays."""
+
+    def zeros(leaf: Any) -> Array | None:
+        ranked = is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        return jnp.zeros_like(leaf) if ranked else None
+
+    others = jax.tree.map(zeros, unboxed(params))
+    return boxed_like(_filled(of_weights, others), params)
 
 
 def _scalar(name: str, function: Function) -> Function:
