@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from sparseopt_jax.settings import as_bool, check_function
+from sparseopt_jax.topology import Topology
 
 Array: TypeAlias = jax.Array
 
@@ -35,8 +36,8 @@ def check_arguments(
             f"from, got {'neither' if masks is None else 'both'}"
         )
     if distribution is not None:
-        _check_values("distribution", distribution, "layer_counts", "ERK(0.9)")
-    _check_values("topology", topology, "is_update_step", "Static()")
+        _check_values("distribution", distribution, "ERK(0.9)", _is_distribution)
+    _check_values("topology", topology, "Static()", lambda one: isinstance(one, Topology))
     check_function("prunable", prunable, "path", "leaf")
     automatic = as_bool("automatic", automatic)
     for one in topology.values() if isinstance(topology, Mapping) else (topology,):
@@ -48,14 +49,18 @@ def check_arguments(
     _check_seed(seed)
 
 
-def _check_values(name: str, given: Any, method: str, example: str) -> None:
-    """Raise unless ``given`` is a value with ``method``, or a mapping from patterns to such."""
+def _is_distribution(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(value, "layer_counts")
+
+
+def _check_values(name: str, given: Any, example: str, is_one: Callable[[Any], bool]) -> None:
+    """Raise unless ``given`` is such a value, or a mapping from patterns to such."""
     if isinstance(given, Mapping) and not given:
         raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
     for pattern, value in given.items() if isinstance(given, Mapping) else [("", given)]:
         if not isinstance(pattern, str):
             raise TypeError(f"{name} patterns must be strings, got {pattern!r}")
-        if isinstance(value, type) or not hasattr(value, method):
+        if not is_one(value):
             where = f" for {pattern!r}" if pattern else ""
             raise TypeError(f"{name} must be a value such as {example}, got {value!r}{where}")
 

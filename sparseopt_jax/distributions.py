@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -292,10 +292,23 @@ class Global:
             counts[path] += 1
         return {path: (outside | counts)[path] for path in layers}
 
-    def counts_from_scores(self, scores: Mapping[str, Array]) -> dict[str, Array]:
-        """Number of weights that each layer keeps, int32 scalars, from floating scores by path."""
+    def outside(self, layers: Collection[str]) -> dict[str, float]:
+        """The layers that ``overrides`` takes out of the budget, with their sparsities."""
+        return _overridden(layers, self.overrides)
+
+    def counts_from_scores(
+        self, scores: Mapping[str, Array], budget: Array | None = None
+    ) -> dict[str, Array]:
+        """Number of weights that each layer keeps, int32 scalars, from floating scores by path.
+
+        Args:
+          scores: of the layers.
+          budget: how many weights the layers inside the budget keep together, an int32 scalar; by
+            default as many as ``sparsity`` says, which it may not fall below.
+        """
         shapes = {path: a.shape for path, a in scores.items() if a.size}
-        outside, floors, budget = self._budget(shapes)
+        outside, floors, own = self._budget(shapes)
+        budget = jnp.int32(own) if budget is None else budget
         found = {path: jnp.int32(count) for path, count in outside.items()}
         if not floors:
             return found
@@ -319,7 +332,7 @@ class Global:
 
     def _budget(self, layers: Shapes) -> tuple[dict[str, int], dict[str, int], int]:
         """Counts of the layers outside the budget, floors of those inside, and the budget."""
-        outside = _overridden(layers, self.overrides)
+        outside = self.outside(layers)
         sizes = {path: math.prod(shape) for path, shape in layers.items() if path not in outside}
         budget = round((1.0 - self.sparsity) * sum(sizes.values()))
         if isinstance(self.floor, int):
@@ -386,7 +399,7 @@ def _counts(layers: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
 
 
 def _overridden(
-    layers: Shapes, overrides: Overrides | None, name: str = "overrides"
+    layers: Collection[str], overrides: Overrides | None, name: str = "overrides"
 ) -> dict[str, float]:
     chosen: dict[str, float] = {}
     for pattern, sparsity in (overrides or {}).items():

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from sparseopt_jax.drop_and_grow import SET, RigL
 from sparseopt_jax.masks import fitting
-from sparseopt_jax.topology import SET, RigL, Static
+from sparseopt_jax.topology import Static
 from sparseopt_jax.trees import is_array, named_leaves, unboxed
 
 PyTree: TypeAlias = Any

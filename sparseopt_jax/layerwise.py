@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparseopt_jax.axes import (
-    AxesByPath,
-    axes_of_stack,
-    from_layers,
-    layer_shape,
-    layers_of,
-    to_layers,
-)
 from sparseopt_jax.explicit import in_auto_mode
+from sparseopt_jax.layers import describe_layers
 from sparseopt_jax.masks import fitting
 from sparseopt_jax.stacks import Layout, Rows, Stacks
-from sparseopt_jax.trees import aligned, boxed_like, named_leaves, unboxed
+from sparseopt_jax.structures import Structure
+from sparseopt_jax.trees import aligned, boxed_like, unboxed
+from sparseopt_jax.units import Units
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -35,19 +30,52 @@ _LARGEST_STACKED = 2**18
 # Of the rows in which small layers lie end to end: the padding is half a row a layer.
 _WIDTH = 1024
 
-Update: TypeAlias = Callable[[Array, Any, Stacks, Stacks, Stacks, Layout], Stacks]
+
+class Stacked(NamedTuple):
+    """What an update works on, as ``Stacks`` of N layers in all.
+
+    Attributes:
+      masks: bool.
+      weights: what to drop by, floating.
+      scores: what to grow by, floating.
+      layout: how the layers lie in the stacks.
+      planned: int32 (N,), how many members each layer is to have, or how many weights where layers
+        are more than one group; None: as many as it has.
+    """
+
+    masks: Stacks
+    weights: Stacks
+    scores: Stacks
+    layout: Layout
+    planned: Array | None
+
+
+class Update(Protocol):
+    """What is applied to the layers; it returns masks as it got them."""
+
+    def drop_scores(self, weight: Array, score: Array) -> Array:
+        """What to drop by, of one leaf."""
+        ...
+
+    def update_layers(self, key: Array, step: Any, of: Stacked) -> Stacks:
+        """Of layers that are one group each."""
+        ...
+
+    def update_groups(self, key: Array, step: Any, of: Stacked, structure: Structure) -> Stacks:
+        """Of layers that are several groups each: stacks (n, groups, members)."""
+        ...
 
 
 def update_layerwise(
-    update_layers: Update,
+    own: Update,
     key: Array,
     step: Any,
     masks: PyTree,
     params: PyTree,
     scores: PyTree,
-    batch_axes: AxesByPath,
+    layers: PyTree | None,
 ) -> PyTree:
-    """Apply ``update_layers`` to the leaves as ``Stacks`` of layers.
+    """Apply an update to the leaves as ``Stacks`` of layers.
 
     Small leaves with layers of one shape share a stack; a large one is a stack of its own. On a
     single CPU device, where nothing can be sharded, all small layers lie in the rows of one array,
@@ -57,104 +85,150 @@ def update_layerwise(
     params = aligned(params, masks, ("params", "masks"), surplus=True)
     scores = aligned(scores, masks, ("scores", "masks"))
     fitting(masks, params)
+    told = describe_layers(masks) if layers is None else layers
+    told = jax.tree.leaves(aligned(told, masks, ("layers", "masks")))
     leaves, structure = jax.tree.flatten(masks)
-    paths = list(named_leaves(masks))
-    batches = [
-        axes_of_stack(path, mask.ndim, batch_axes) for path, mask in zip(paths, leaves, strict=True)
-    ]
     trees = leaves, jax.tree.leaves(params), jax.tree.leaves(scores)
-    for path, mask, score in zip(paths, leaves, trees[2], strict=True):
+    for layer, mask, score in zip(told, leaves, trees[2], strict=True):
         if jnp.shape(score) != mask.shape:
             raise ValueError(
-                f"scores leaf {path!r} has shape {jnp.shape(score)}, its mask {mask.shape}"
+                f"scores leaf {layer.path!r} has shape {jnp.shape(score)}, its mask {mask.shape}"
             )
     if not leaves:
         return boxed
+    units = [Units.of(layer, mask.shape) for layer, mask in zip(told, leaves, strict=True)]
+    by_structure: dict[Structure | None, list[int]] = {}
+    for i, unit in enumerate(units):
+        by_structure.setdefault(unit.grouped_by, []).append(i)
 
-    stacked = _stacked(*trees, batches)
-
-    def update(key: Array, step: Array, trees: Any) -> list[Array]:
-        found: list[Array]
-        if jax.device_count() > 1 or not isinstance(key, jax.core.Tracer):
-            found = stacked.update(update_layers, key, step, trees)
-        else:
-            found = lax.platform_dependent(
-                key,
-                step,
-                trees,
-                cpu=partial(_in_rows(stacked, *trees).update, update_layers),
-                default=partial(stacked.update, update_layers),
+    def update(key: Array, step: Array, trees: Any, planned: Any) -> list[Array]:
+        as_units = _as_units(own, units, *trees)
+        counts = [None if p is None else u.members(p) for u, p in zip(units, planned, strict=True)]
+        new: dict[int, Array] = {}
+        for number, (grouped, leaves) in enumerate(by_structure.items()):
+            new |= zip(
+                leaves,
+                _update(
+                    own,
+                    key if len(by_structure) == 1 else jax.random.fold_in(key, number),
+                    step,
+                    [[tree[i] for i in leaves] for tree in as_units],
+                    [counts[i] for i in leaves],
+                    grouped,
+                ),
+                strict=True,
             )
-        return found
+        return [unit.restored(new[i]) for i, unit in enumerate(units)]
 
-    updated = in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees)
+    planned = [layer.planned for layer in told]
+    if any(count is not None for count in planned):
+        planned = [layer.count(mask) for layer, mask in zip(told, leaves, strict=True)]
+    updated = in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees, planned)
     return boxed_like(jax.tree.unflatten(structure, updated), boxed)
+
+
+def _as_units(
+    own: Update,
+    units: Sequence[Units],
+    masks: Sequence[Any],
+    weights: Sequence[Any],
+    scores: Sequence[Any],
+) -> tuple[Stacks, Stacks, Stacks]:
+    drop = [
+        own.drop_scores(jnp.asarray(w), jnp.asarray(s))
+        for w, s in zip(weights, scores, strict=True)
+    ]
+    return (
+        [unit.of_mask(mask) for unit, mask in zip(units, masks, strict=True)],
+        [unit.of_scores(score) for unit, score in zip(units, drop, strict=True)],
+        [unit.of_scores(score) for unit, score in zip(units, scores, strict=True)],
+    )
+
+
+def _update(
+    own: Update,
+    key: Array,
+    step: Any,
+    trees: Sequence[Stacks],
+    planned: Sequence[Array | None],
+    grouped: Structure | None,
+) -> list[Array]:
+    """The new masks of leaves (n, ...) that are of one kind."""
+    stacked = _stacked(*trees)
+    if grouped is not None:
+        update = partial(own.update_groups, structure=grouped)
+        return stacked.update(update, key, step, trees, planned)
+    if jax.device_count() > 1 or not isinstance(key, jax.core.Tracer):
+        return stacked.update(own.update_layers, key, step, trees, planned)
+    found: list[Array] = lax.platform_dependent(
+        key,
+        step,
+        trees,
+        planned,
+        cpu=partial(_in_rows(stacked, *trees).update, own.update_layers),
+        default=partial(stacked.update, own.update_layers),
+    )
+    return found
 
 
 @dataclass(frozen=True)
 class _Arrangement:
-    """Which leaves share an array, and how the layers lie in it.
+    """Which leaves (n, ...) share an array, and how the layers lie in it.
 
     Attributes:
       groups: the numbers of the leaves in each array.
-      batches: the batch axes of each leaf.
       layout: of the arrays.
     """
 
     groups: Sequence[Sequence[int]]
-    batches: Sequence[tuple[int, ...]]
     layout: Layout
 
     def update(
-        self, update_layers: Update, key: Array, step: Any, trees: Sequence[Sequence[Any]]
+        self,
+        update: Callable[[Array, Any, Stacked], Stacks],
+        key: Array,
+        step: Any,
+        trees: Sequence[Stacks],
+        planned: Sequence[Array | None],
     ) -> list[Array]:
-        masks, weights, scores = (self._arrange([jnp.asarray(a) for a in tree]) for tree in trees)
-        new = update_layers(key, step, masks, weights, scores, self.layout)
-        found: dict[int, Array] = {}
-        for group, rows, stack in zip(self.groups, self.layout.rows, new, strict=True):
+        order = [i for group in self.groups for i in group]
+        counts = [planned[i] for i in order]
+        given = [count for count in counts if count is not None]
+        masks, weights, scores = map(self._arrange, trees)
+        of = Stacked(masks, weights, scores, self.layout, jnp.concatenate(given) if given else None)
+        new: dict[int, Array] = {}
+        arrays = zip(self.groups, self.layout.rows, update(key, step, of), strict=True)
+        for group, rows, stack in arrays:
             if rows is None:
-                n = [layers_of(trees[0][i].shape, self.batches[i]) for i in group]
+                n = [trees[0][i].shape[0] for i in group]
                 parts = jnp.split(stack, np.cumsum(n)[:-1])
             else:
                 parts = rows.from_rows(stack)
-            found.update(zip(group, parts, strict=True))
-        return [
-            _to_leaf(found[i], leaf.shape, batch)
-            for i, (leaf, batch) in enumerate(zip(trees[0], self.batches, strict=True))
-        ]
+            new |= {i: p.reshape(trees[0][i].shape) for i, p in zip(group, parts, strict=True)}
+        return [new[i] for i in range(len(new))]
 
-    def _arrange(self, arrays: list[Array]) -> Stacks:
-        layers = [to_layers(a, b) for a, b in zip(arrays, self.batches, strict=True)]
-        groups = [[layers[i] for i in group] for group in self.groups]
+    def _arrange(self, leaves: Stacks) -> Stacks:
+        groups = [[leaves[i] for i in group] for group in self.groups]
         return [
             jnp.concatenate(group) if rows is None else rows.to_rows(group)
             for group, rows in zip(groups, self.layout.rows, strict=True)
         ]
 
 
-def _to_leaf(layers: Array, shape: Sequence[int], batch: Sequence[int]) -> Array:
-    n, own = layers_of(shape, batch), layer_shape(shape, batch)
-    return from_layers(layers.reshape(n, *own), shape, batch)
-
-
-def _stacked(
-    masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any], batches: Sequence[Any]
-) -> _Arrangement:
+def _stacked(masks: Stacks, weights: Stacks, scores: Stacks) -> _Arrangement:
     """Leaves of one kind share a stack where they are small."""
-    groups = _alike(masks, params, scores, batches)
+    groups: dict[Any, list[int]] = {}
+    for i, (mask, weight, score) in enumerate(zip(masks, weights, scores, strict=True)):
+        kind = mask.shape[1:], weight.dtype, score.dtype
+        groups.setdefault(kind if mask.size <= _LARGEST_STACKED else i, []).append(i)
     shapes = tuple(
-        (
-            sum(layers_of(masks[i].shape, batches[i]) for i in group),
-            *layer_shape(masks[group[0]].shape, batches[group[0]]),
-        )
-        for group in groups
+        (sum(masks[i].shape[0] for i in group), *masks[group[0]].shape[1:])
+        for group in groups.values()
     )
-    return _Arrangement(groups, batches, Layout(shapes, (None,) * len(groups)))
+    return _Arrangement(list(groups.values()), Layout(shapes, (None,) * len(groups)))
 
 
-def _in_rows(
-    stacked: _Arrangement, masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any]
-) -> _Arrangement:
+def _in_rows(stacked: _Arrangement, masks: Stacks, weights: Stacks, scores: Stacks) -> _Arrangement:
     """Small leaves of the same dtypes share an array; layers keep the random words of stacks."""
     words = iter(range(len(stacked.layout.sizes)))
     of_leaf: dict[int, list[int]] = {}
@@ -162,10 +236,9 @@ def _in_rows(
     arrays: list[tuple[Sequence[int], tuple[int, ...], Rows | None]] = []
     for group, shape in zip(stacked.groups, stacked.layout.shapes, strict=True):
         for i in group:
-            n = layers_of(masks[i].shape, stacked.batches[i])
-            of_leaf[i] = [next(words) for _ in range(n)]
+            of_leaf[i] = [next(words) for _ in range(masks[i].shape[0])]
         if masks[group[0]].size <= _LARGEST_STACKED:
-            kind = jnp.result_type(params[group[0]]), jnp.result_type(scores[group[0]])
+            kind = weights[group[0]].dtype, scores[group[0]].dtype
             small.setdefault(kind, []).extend(group)
         else:
             arrays.append((group, shape, None))
@@ -175,18 +248,4 @@ def _in_rows(
         arrays.append((group, rows.shape, rows))
     groups, shapes, in_rows = zip(*arrays, strict=True)
     order = tuple(word for group in groups for i in group for word in of_leaf[i])
-    return _Arrangement(groups, stacked.batches, Layout(shapes, in_rows, order))
-
-
-def _alike(
-    masks: Sequence[Any], params: Sequence[Any], scores: Sequence[Any], batches: Sequence[Any]
-) -> list[list[int]]:
-    """The numbers of the leaves, the small ones together with others of their kind."""
-    groups: dict[Any, list[int]] = {}
-    for i, (mask, weight, score, batch) in enumerate(
-        zip(masks, params, scores, batches, strict=True)
-    ):
-        shape = layer_shape(mask.shape, batch)
-        kind = shape, jnp.result_type(weight), jnp.result_type(score)
-        groups.setdefault(kind if mask.size <= _LARGEST_STACKED else i, []).append(i)
-    return list(groups.values())
+    return _Arrangement(groups, Layout(shapes, in_rows, order))

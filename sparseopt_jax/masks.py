@@ -18,19 +18,16 @@ from sparseopt_jax.axes import (
     Axes,
     AxesByPath,
     axes_of_stack,
-    from_layers,
     kernel_axes,
     layer_shape,
     layers_of,
     window_in_out,
 )
-from sparseopt_jax.by_path import ByPath, layer_counts
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.prunable import Prunable, default_prunable
-from sparseopt_jax.selection import checked_size, is_selectable, random_masks
+from sparseopt_jax.selection import checked_size, is_selectable
 from sparseopt_jax.settings import check_function
-from sparseopt_jax.stacks import Layout
 from sparseopt_jax.trees import (
     aligned,
     boxed_like,
@@ -149,83 +146,6 @@ def shapes_by_name(
             shape = window_in_out(leaf.shape, kernel_axes(path, leaf.ndim, axes, batch_axes))
             shapes.update(dict.fromkeys(layers[path].names, shape))
     return shapes
-
-
-def init_masks(
-    key: Array,
-    params: PyTree,
-    distribution: ByPath[Distribution],
-    *,
-    prunable: Prunable = default_prunable,
-    out_axes: AxesByPath | None = None,
-    batch_axes: AxesByPath = (),
-) -> PyTree:
-    """Random masks with exactly the number of active weights that ``distribution`` gives a layer.
-
-    Args:
-      key: a JAX random key, may be traced.
-      params: the model's parameters.
-      distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``, or a mapping from glob patterns
-        over paths to them, each of which sees its layers only; other layers stay dense.
-      prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
-      out_axes: see ``scale_by_sparseopt``; here it tells ``ER`` and ``Uniform`` a convolution's
-        window from its inputs.
-      batch_axes: the axis or axes that index the layers of a stacked leaf (0 under ``nn.scan``), or
-        a mapping from glob patterns over paths to them. Each layer of a stack counts as a layer of
-        its own, which the distribution knows as ``path/0``, ``path/1`` and so on.
-
-    Returns:
-      Bool arrays in the structure and shapes of ``params``, True where a weight is active; in
-      Explicit mesh mode sharded as ``params``.
-
-    Raises:
-      TypeError: a leaf chosen by ``prunable`` is not floating.
-      ValueError: nothing is prunable, or the distribution does not fit the layers.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import sparseopt_jax as sx
-      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
-      >>> masks = sx.init_masks(jax.random.key(0), params, sx.ERK(0.75))
-      >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
-      (8, 4)
-    """
-    boxed, params = params, unboxed(params)
-    layers = maskable_layers(params, prunable, batch_axes)
-    counts = layer_counts(distribution, shapes_by_name(params, layers, out_axes, batch_axes))
-    # Layers of the same shape are drawn together, which keeps the compiled program small.
-    alike: dict[tuple[int, ...], list[str]] = {}
-    for path, leaf in layers.items():
-        alike.setdefault(leaf.shape, []).append(path)
-    # NumPy's, since a jax.Array made under an Explicit mesh is of no use inside in_auto_mode.
-    k = np.array(
-        [counts[name] for paths in alike.values() for p in paths for name in layers[p].names],
-        np.int32,
-    )
-    stacked = tuple(
-        (sum(len(layers[path].names) for path in paths), *shape) for shape, paths in alike.items()
-    )
-
-    def draw(key: Array) -> PyTree:
-        masks = {}
-        layout = Layout(stacked, (None,) * len(stacked))
-        stacks = random_masks(key, layout, jnp.asarray(k))
-        for stack, paths in zip(stacks, alike.values(), strict=True):
-            start = 0
-            for path in paths:
-                end = start + len(layers[path].names)
-                masks[path] = stack[start:end], layers[path].batch
-                start = end
-
-        def init(path: tuple[Any, ...], leaf: Any) -> Array:
-            if path_str(path) not in masks:
-                return jnp.ones(jnp.shape(leaf), jnp.bool_)
-            own, batch = masks[path_str(path)]
-            return from_layers(own, leaf.shape, batch)
-
-        return jax.tree_util.tree_map_with_path(init, params)
-
-    return boxed_like(in_auto_mode(draw, like=params)(key), boxed)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:

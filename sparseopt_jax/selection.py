@@ -119,7 +119,7 @@ def top_k_masks(
       Bool stacks of the shapes of ``scores``.
     """
     layout = layout or Layout.of(scores)
-    to_bits = _magnitude_bits if by_magnitude else _ordered_bits
+    to_bits = magnitude_bits if by_magnitude else _ordered_bits
     unsigned = _widest(scores)
 
     def bits(scores: Stacks, where: Stacks | None) -> Stacks:
@@ -135,8 +135,8 @@ def drop_and_grow(
     masks: Stacks,
     weights: Stacks,
     scores: Stacks,
-    n_active: Array,
-    n_drop: Array,
+    n_keep: Array,
+    n_grow: Array,
     layout: Layout,
 ) -> Stacks:
     """Masks in which the smallest weights have given way to the largest scores.
@@ -150,8 +150,8 @@ def drop_and_grow(
       masks: bool stacks, of N arrays in all.
       weights: floating stacks of these shapes.
       scores: likewise.
-      n_active: int32 (N,), how many are True in each of ``masks``.
-      n_drop: int32 (N,), how many of them are to be others.
+      n_keep: int32 (N,), how many that are True in each of ``masks`` stay.
+      n_grow: int32 (N,), how many of the others become True.
       layout: how the arrays lie in the stacks.
 
     Returns:
@@ -163,7 +163,7 @@ def drop_and_grow(
     def bits(masks: Stacks, weights: Stacks, scores: Stacks, growing: Array) -> Stacks:
         ranked = [
             jnp.where(
-                growing, _magnitude_bits(s).astype(unsigned), _magnitude_bits(w).astype(unsigned)
+                growing, magnitude_bits(s).astype(unsigned), magnitude_bits(w).astype(unsigned)
             )
             for w, s in zip(weights, scores, strict=True)
         ]
@@ -171,11 +171,11 @@ def drop_and_grow(
 
     def stage(i: Array, masks: Stacks) -> Stacks:
         growing = i > 0
-        k = jnp.where(growing, n_drop, n_active - n_drop)
+        k = jnp.where(growing, n_grow, n_keep)
         chosen = _largest(bits, (masks, weights, scores, growing), k, words[i], layout)
         return [c | (m & growing) for m, c in zip(masks, chosen, strict=True)]
 
-    start = varying_as(masks, masks, weights, scores, n_active, n_drop, words)
+    start = varying_as(masks, masks, weights, scores, n_keep, n_grow, words)
     return lax.fori_loop(0, 2, stage, start)
 
 
@@ -192,7 +192,7 @@ def random_masks(
     words = layout.random_words(key)
 
     def ranks(where: Stacks | None, words: Array) -> Stacks:
-        return _only(where, _shuffled_indices(words, layout), layout, without)
+        return _only(where, shuffled_indices(words, layout), layout, without)
 
     words, k = _where_read((words, k))
     threshold, _, _ = _search(ranks, (where, words), k, layout)
@@ -213,7 +213,7 @@ def _largest(
     of, k, start = _where_read((of, k, start))
 
     def ranks(start: Array) -> Stacks:
-        choice = _reversed_indices if words is None else _shuffled_indices
+        choice = _reversed_indices if words is None else shuffled_indices
         return choice(start, layout)
 
     def tied(of: Any, level: Array, start: Array) -> Stacks:
@@ -305,7 +305,7 @@ def _only(where: Stacks | None, keys: Stacks, layout: Layout, without: bool = Fa
 
 
 @jax.jit
-def _magnitude_bits(scores: Array) -> Array:
+def magnitude_bits(scores: Array) -> Array:
     """Likewise, the magnitudes of floats: NaN to 1, everything else above."""
     width = scores.dtype.itemsize * 8
     unsigned = _UNSIGNED[scores.dtype.itemsize]
@@ -341,7 +341,7 @@ def _reversed_indices(zero: Array, layout: Layout) -> Stacks:
     ]
 
 
-def _shuffled_indices(words: Array, layout: Layout) -> Stacks:
+def shuffled_indices(words: Array, layout: Layout) -> Stacks:
     """Distinct random ranks: a random bijection of the 32-bit integers, applied to the flat index.
 
     Adding a constant, xoring a number with its own upper half and multiplying by an odd number are

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
+
 Kind: TypeAlias = type[bool] | type[int] | type[float]
 
 _OF_NUMBER: tuple[tuple[Kind, type], ...] = (
@@ -105,3 +108,22 @@ def check_function(name: str, function: Any, *arguments: str, or_none: bool = Fa
         signature.bind(*arguments)
     except TypeError as error:
         raise TypeError(f"{name} must be {wanted}, got {function!r}: {error}") from None
+
+
+def as_step(name: str, value: Any, total_steps: int | None = None, at_least: int = 0) -> int:
+    """A step, which is counted in int32; a float is a share of ``total_steps``.
+
+    Raises:
+      TypeError: neither an int nor a float, or a float without ``total_steps``.
+      ValueError: out of range.
+    """
+    if kind_of(name, value) is float:
+        share = float(value)
+        if total_steps is None:
+            raise TypeError(
+                f"{name} must be an int, got {value!r}; a share of a run needs total_steps"
+            )
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} as a share of total_steps must lie in [0, 1], got {share}")
+        value = round(share * total_steps)
+    return as_int(name, value, at_least, at_most=MOST_STEPS)

@@ -29,21 +29,23 @@ from sparseopt_jax.axes import AxesByPath, check_axes, check_patterns, kernel_ax
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.constraints import kept_masked, where_active
 from sparseopt_jax.containers import (
-    as_at_init,
     boxes_of,
     closed,
     held_like,
     opened,
-    part_of,
     with_gradient,
 )
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.frozen import frozen_leaves
 from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scaled_by_age
+from sparseopt_jax.initial_masks import draw_masks
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
 from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.masks import Distribution, apply_masks, fitting, init_masks, maskable_layers
+from sparseopt_jax.masks import Distribution, apply_masks, fitting, maskable_layers
+from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
+from sparseopt_jax.schedule_checks import check_plan, check_schedule, check_structure
+from sparseopt_jax.schedules import Schedule
 from sparseopt_jax.slots import keep_per_weight, reset_inactive, shared_slots
 from sparseopt_jax.state import (
     NeverSparse,
@@ -52,14 +54,12 @@ from sparseopt_jax.state import (
     at_leaf,
     check_dense,
     count_fan_in,
-    find_states,
-    get_masks,
     is_stand_in,
     is_state,
     maskable,
-    replace_states,
     settled_masks,
 )
+from sparseopt_jax.structures import Structure
 from sparseopt_jax.topology import Topology
 from sparseopt_jax.topology_update import Regime, accumulated, update_if_due
 from sparseopt_jax.trees import (
@@ -82,6 +82,8 @@ def sparse_training(
     topology: ByPath[Topology],
     distribution: ByPath[Distribution] | None = None,
     masks: PyTree | None = None,
+    schedule: Schedule | None = None,
+    structure: ByPath[Structure] | None = None,
     seed: Any = 0,
     prunable: Prunable = default_prunable,
     out_axes: AxesByPath | None = None,
@@ -95,15 +97,20 @@ def sparse_training(
       inner: the optimizer, for example ``sparseopt(0.1)`` or ``optax.adam(1e-3)``. It gets the
         extra arguments ``masks`` and ``fan_in`` (see ``scale_by_sparseopt``) unless it rejects
         them, as line searches do.
-      topology: when and how the masks change: ``Static``, ``SET``, ``RigL``; or a mapping from glob
-        patterns over paths to them, of which the first that matches counts. Layers that no pattern
-        matches keep their masks.
-      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``;
-        or a mapping from patterns to them, each of which sees its layers only. Layers that no
-        pattern matches stay dense.
+      topology: when and how the masks change: ``Static``, ``SET``, ``RigL``, ``Prune``, ``ACDC``;
+        or a mapping from glob patterns over paths to them, of which the first that matches counts.
+        Layers that no pattern matches keep their masks.
+      distribution: how many weights each layer keeps: ``Uniform``, ``ER``, ``ERK``, ``PerLayer``,
+        ``Global``; or a mapping from patterns to them, each of which sees its layers only. Layers
+        that no pattern matches stay dense.
       masks: in place of a distribution, the masks to start from: bool arrays in the structure and
         shapes of the parameters, True everywhere in leaves that ``prunable`` does not choose. They
         are copied.
+      schedule: how much over time: ``Cubic``, ``Linear``, ``OneShot``, ``from_optax(...)``. Layers
+        start at its initial sparsity, at random where that is not dense, and the topology's updates
+        bring them to the distribution's counts. None: these from the start.
+      structure: in which pattern: ``NM``, ``Blocks``, ``Neurons``, ``ConstantFanIn``, or a mapping
+        from patterns to them. Other layers, and layers that stay dense, have none.
       seed: an int, a JAX random key, or a traced one of either. Initial masks, random growth and
         ties derive from it.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
@@ -134,8 +141,9 @@ def sparse_training(
 
     Raises:
       TypeError: an argument of the wrong type; from ``init``: prunable parameters not floating.
-      ValueError: from ``init``: nothing to prune, a distribution or a pattern that does not fit, or
-        a ``sparse_training`` inside; from ``update``: params missing, or masks that do not fit.
+      ValueError: a schedule that the topology cannot follow; from ``init``: nothing to prune, a
+        distribution, a structure or a pattern that does not fit, or a ``sparse_training`` inside;
+        from ``update``: params missing, or masks that do not fit.
 
     Source: SparseOpt (arXiv 2605.27541); RigL (arXiv 1911.11134).
 
@@ -159,6 +167,8 @@ def sparse_training(
     check_arguments(inner, distribution, masks, topology, seed, prunable, automatic)
     check_axes("out_axes", out_axes)
     check_axes("batch_axes", batch_axes)
+    check_schedule(schedule, topology, distribution, automatic)
+    check_structure(structure, topology)
     warmup = as_warmup(grown_warmup, topology)
     inner = optax.with_extra_args_support(inner)
     initial_masks = masks
@@ -168,26 +178,35 @@ def sparse_training(
         groups = grouped("topology", topology, list(named_leaves(activity)))
         return [Regime(t, leaves, batch_axes) for t, leaves in groups if leaves]
 
+    def planned(weights: PyTree, warn: bool = True) -> Plan:
+        layers = maskable_layers(weights, prunable, batch_axes)
+        axes = out_axes_of(
+            weights, out_axes, batch_axes, concerns=lambda path, _: warn and path in layers
+        )
+        return plan_of(
+            weights,
+            distribution,
+            prunable=prunable,
+            axes=axes,
+            batch_axes=batch_axes,
+            structure=structure,
+            topology=topology,
+            schedule=schedule,
+        )
+
     def init_fn(params: PyTree) -> SparseTrainingState:
         if is_placeholder(params):
             return _outline(params)
         mask_key, topology_key = jax.random.split(as_key(seed))
         held = param_copies(params)[0]
         weights = unboxed(held)
-        layers = maskable_layers(weights, prunable, batch_axes)
         check_patterns("out_axes", out_axes, named_leaves(weights))
         check_patterns("batch_axes", batch_axes, named_leaves(weights))
-        axes = out_axes_of(weights, out_axes, batch_axes, concerns=lambda path, _: path in layers)
+        plan = planned(weights)
+        layers, axes = plan.layers, plan.axes
+        check_plan(plan, topology)
         if initial_masks is None:
-            assert distribution is not None  # check_arguments
-            masks = init_masks(
-                mask_key,
-                weights,
-                distribution,
-                prunable=prunable,
-                out_axes=axes,
-                batch_axes=batch_axes,
-            )
+            masks = draw_masks(mask_key, weights, plan)
         else:
             masks = fitting(aligned(initial_masks, weights, ("masks", "params")), weights)
             check_dense(masks, lambda path: path not in layers)
@@ -262,7 +281,7 @@ def sparse_training(
             key = jax.random.fold_in(key, state.step)
             return key if len(regimes) == 1 else jax.random.fold_in(key, number)
 
-        regimes, frozen = regimes_of(state.activity), None
+        regimes, frozen, plan = regimes_of(state.activity), None, None
         skips: Any = False
         for number, regime in enumerate(regimes):
             is_update: Any = now or (automatic and regime.topology.is_update_step(state.step))
@@ -282,7 +301,8 @@ def sparse_training(
             )
             key = functools.partial(topology_key, number)
             if moving.leaves:
-                state = update_if_due(moving, is_update, key, state, params, scores)
+                plan = plan or planned(params, warn=False)
+                state = update_if_due(moving, is_update, key, plan, state, params, scores)
         return state, skips
 
     def frozen_of(
@@ -389,52 +409,6 @@ def sparse_training(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def update_topology(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, params: PyTree, grads: PyTree
-) -> tuple[PyTree, optax.OptState]:
-    """One topology update, now, for loops that schedule it themselves.
-
-    Args:
-      tx: what ``sparse_training`` returned (usually with ``automatic=False``), or an
-        ``optax.partition`` with several of them; also where ``opt_state`` is the state of something
-        wrapped around it.
-      opt_state: the optimizer state; the drop fraction follows the number of steps in it.
-      params: the parameters.
-      grads: their gradient with respect to all weights, or a sum of it over several steps.
-
-    Returns:
-      ``(params, opt_state)``: the parameters with dropped weights at exactly zero, and the state
-      with the new masks. Slots of weights that changed return to their initial value on the next
-      ``update``. Nothing else in the state changes.
-
-    Raises:
-      TypeError: ``opt_state`` holds no state of ``tx``, or ``tx`` skips steps.
-      ValueError: there is no state of ``sparse_training``, or masks do not fit ``params`` or
-        ``grads``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import sparseopt_jax as sx
-      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
-      >>> tx = sx.sparse_training(
-      ...     optax.sgd(0.1), distribution=sx.ERK(0.5), automatic=False,
-      ...     topology=sx.RigL(interval=1, drop_fraction=0.3, end_step=10))
-      >>> opt_state = tx.init(params)
-      >>> params = sx.apply_masks(params, sx.get_masks(opt_state))
-      >>> params, opt_state = sx.update_topology(tx, opt_state, params, params)
-      >>> int(sx.get_masks(opt_state)["kernel"].sum())
-      16
-    """
-    masks = get_masks(opt_state)
-    weights = map_copies(lambda p: as_at_init(p, masks), params)
-    own = part_of(tx, opt_state, weights)
-    tx = optax.with_extra_args_support(tx)
-    _, new = tx.update(unboxed(grads), own, weights, update_topology_only=True)
-    masks = get_masks(new)
-    states = map(boxed_like, find_states(new), find_states(opt_state))
-    return map_copies(lambda p: apply_masks(p, masks), params), replace_states(opt_state, states)
 
 
 def _all_masks(state: SparseTrainingState, params: PyTree) -> PyTree:

@@ -13,7 +13,9 @@ from jax import lax
 
 from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import AxesByPath
+from sparseopt_jax.criteria import Momentum
 from sparseopt_jax.explicit import varying_as
+from sparseopt_jax.plan import Plan
 from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.state import SparseTrainingState, at_leaf, maskable, recount
 from sparseopt_jax.topology import Topology
@@ -38,15 +40,32 @@ class Regime(NamedTuple):
 
     @property
     def accumulates(self) -> bool:
-        return self.topology.accumulate_steps > 1
+        """Whether something of the gradients of earlier steps is kept."""
+        return self.topology.accumulate_steps > 1 or self._momentum is not None
+
+    @property
+    def _momentum(self) -> Momentum | None:
+        grow_by = self.topology.grow_by
+        return grow_by if isinstance(grow_by, Momentum) else None
+
+    def summed(self, before: Array, gradient: Array, step: Any) -> Array:
+        """The sum, or the average, with the gradient of a step, float32."""
+        gradient = gradient.astype(jnp.float32)
+        if self._momentum is not None:
+            decay = self._momentum.decay
+            return decay * before + (1 - decay) * gradient
+        counted = self.topology.in_accumulation_window(step)
+        return before + jnp.where(counted, gradient, 0.0)
+
+    def left(self, after: Array, is_update: Any) -> Array:
+        """What an update leaves of it: a sum begins again, an average goes on."""
+        return after if self._momentum is not None else jnp.where(is_update, 0.0, after)
 
 
 def accumulated(
     regime: Regime, state: SparseTrainingState, grads: PyTree, is_update: Any
 ) -> tuple[PyTree, SparseTrainingState]:
     """What to rank growth by, with the gradient of this step, and the state that has it summed."""
-    topology, step = regime.topology, state.step
-    counted = topology.in_accumulation_window(step)
     gradients = jax.tree.leaves(maskable(state.activity, grads))
     # The sums are of all leaves that some regime accumulates.
     sums, structure = jax.tree.flatten(state.accumulator)
@@ -55,8 +74,8 @@ def accumulated(
     for place, path in enumerate(named_leaves(state.accumulator)):
         i = paths.index(path)
         if i in regime.leaves:
-            scores[i] = sums[place] + jnp.where(counted, gradients[i].astype(jnp.float32), 0.0)
-            sums[place] = jnp.where(is_update, 0.0, scores[i])
+            scores[i] = regime.summed(sums[place], gradients[i], state.step)
+            sums[place] = regime.left(scores[i], is_update)
     kept = state._replace(accumulator=jax.tree.unflatten(structure, sums))
     return jax.tree.unflatten(jax.tree.structure(state.fan_in), scores), kept
 
@@ -65,6 +84,7 @@ def update_if_due(
     regime: Regime,
     is_update: Any,
     key: Callable[[], Array],
+    plan: Plan,
     state: SparseTrainingState,
     params: PyTree,
     scores: PyTree,
@@ -79,6 +99,7 @@ def update_if_due(
     old_counts, counts_structure = jax.tree.flatten(state.fan_in)
     weights, ranked = (jax.tree.leaves(maskable(state.activity, t)) for t in (params, scores))
     again = state.changed_at == state.step
+    paths = list(named_leaves(state.activity))
 
     def tree(own: Sequence[Any]) -> PyTree:
         """A tree of these leaves alone."""
@@ -91,13 +112,15 @@ def update_if_due(
         own_scores = tree([ranked[i] for i in leaves])
         if topology.grow_by == "corrected_gradient":
             own_scores = scale_by_fan_in(own_scores, tree(fan_in), None, regime.batch_axes)
+        own_weights = [weights[i] for i in leaves]
+        layers = plan.described([paths[i] for i in leaves], state.step, own_weights)
         masks = topology.update(
             key(),
             state.step,
             tree([bits.is_active(a) for a in activity]),
-            tree([weights[i] for i in leaves]),
+            tree(own_weights),
             own_scores,
-            batch_axes=regime.batch_axes,
+            tree(layers),
         )
         # Behind the barrier layers of one shape are alike, and the compiler makes their bytes and
         # counts with one kernel; without it each is fused with its part of a stack.

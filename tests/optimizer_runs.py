@@ -57,20 +57,14 @@ UPDATE_STEPS = tuple(range(5, STEPS, 5))
 
 
 @dataclasses.dataclass(frozen=True)
-class OneOf:
+class OneOf(sx.Topology):
     """The topology of ``TOPOLOGIES`` with a traced index: one program serves all of them."""
 
     index: jax.Array
-    skip_step = False
-    grow_by = "gradient"
-    accumulate_steps = 1
 
     def is_update_step(self, step: Any) -> jax.Array:
         every = [jnp.asarray(t.is_update_step(step)) for t in TOPOLOGIES.values()]
         return jnp.stack(every)[self.index]
-
-    def in_accumulation_window(self, step: Any) -> jax.Array:
-        return self.is_update_step(step)
 
     def update(self, *arguments: Any, **named: Any) -> Any:
         branches = [

@@ -168,9 +168,9 @@ def test_a_stack_is_updated_layer_by_layer(topology):
         return {"k": jnp.stack(list(tree.values()), 1)}
 
     apart = topology.update(jax.random.key(0), 1, masks, weights, scores)
-    stacked = topology.update(
-        jax.random.key(0), 1, *map(stack, (masks, weights, scores)), batch_axes=1
-    )["k"]
+    trees = list(map(stack, (masks, weights, scores)))
+    layers = sx.describe_layers(trees[0], batch_axes=1)
+    stacked = topology.update(jax.random.key(0), 1, *trees, layers)["k"]
     for i, name in enumerate(masks):
         assert int(stacked[:, i].sum()) == int(masks[name].sum())
         assert (np.asarray(stacked[:, i]) != np.asarray(masks[name])).any()
@@ -182,7 +182,8 @@ def test_a_layer_of_a_stack_that_is_not_finite_keeps_its_mask():
     masks = {"k": jnp.asarray(random_mask((3, 8, 5)))}
     weights = {"k": jnp.where(masks["k"], jax.random.normal(jax.random.key(0), (3, 8, 5)), 0)}
     scores = {"k": jax.random.normal(jax.random.key(1), (3, 8, 5)).at[1, 0, 0].set(jnp.nan)}
-    new = sx.RigL(1, 0.4, 10).update(jax.random.key(0), 1, masks, weights, scores, batch_axes=0)
+    layers = sx.describe_layers(masks, batch_axes=0)
+    new = sx.RigL(1, 0.4, 10).update(jax.random.key(0), 1, masks, weights, scores, layers)
     changed = (new["k"] != masks["k"]).any((1, 2)).tolist()
     assert changed == [True, False, True]
 

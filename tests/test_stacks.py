@@ -57,7 +57,8 @@ def test_rows_and_stacks_give_the_same_masks(name, kind, monkeypatch):
     trees = inputs(kind)
 
     def update(key):
-        return TOPOLOGIES[name].update(key, 1, *trees, batch_axes={"stack": 0})
+        layers = sx.describe_layers(trees[0], batch_axes={"stack": 0})
+        return TOPOLOGIES[name].update(key, 1, *trees, layers)
 
     keys = jax.random.split(jax.random.key(3), 2)
     stacked = jax.jit(jax.vmap(update))(keys)

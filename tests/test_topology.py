@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparseopt_jax as sx
-from sparseopt_jax.topology import _millionths_of
+from sparseopt_jax.schedules import millionths_of
 from tests.helpers import chi_square_bound, subset_chi_square
 
 
@@ -206,7 +206,7 @@ def test_drop_fraction(cls):
 )
 def test_dropped_weights_are_counted_without_rounding(millionths, n):
     """floor(fraction * n) for layers of up to 2**31 - 1 weights, against Python's integers."""
-    got = _millionths_of(jnp.int32(millionths), jnp.int32(n))
+    got = millionths_of(jnp.int32(millionths), jnp.int32(n))
     assert int(got) == millionths * n // 10**6
 
 
@@ -249,7 +249,7 @@ BAD = [
     [(cls, name, value) for cls in (sx.SET, sx.RigL) for name, value in BAD]
     + [
         (sx.SET, "drop_by", "size"),
-        (sx.RigL, "grow_by", "random"),
+        (sx.RigL, "grow_by", "size"),
         (sx.RigL, "accumulate_steps", 0),
         (sx.RigL, "accumulate_steps", -2),
         (sx.RigL, "accumulate_steps", 11),

@@ -1,0 +1,151 @@
+"""The masks that training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt_jax.axes import AxesByPath
+from sparseopt_jax.by_path import ByPath
+from sparseopt_jax.explicit import in_auto_mode
+from sparseopt_jax.group_selection import largest_of_groups
+from sparseopt_jax.layout import out_axes_of
+from sparseopt_jax.masks import Distribution, maskable_layers
+from sparseopt_jax.plan import Plan, plan_of
+from sparseopt_jax.prunable import Prunable, default_prunable
+from sparseopt_jax.selection import random_masks
+from sparseopt_jax.stacks import Layout
+from sparseopt_jax.structures import Structure
+from sparseopt_jax.trees import boxed_like, path_str, unboxed
+from sparseopt_jax.units import Units
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+
+def init_masks(
+    key: Array,
+    params: PyTree,
+    distribution: ByPath[Distribution],
+    *,
+    prunable: Prunable = default_prunable,
+    out_axes: AxesByPath | None = None,
+    batch_axes: AxesByPath = (),
+    structure: ByPath[Structure] | None = None,
+) -> PyTree:
+    """Random masks with exactly the number of active weights that ``distribution`` gives a layer.
+
+    Args:
+      key: a JAX random key, may be traced.
+      params: the model's parameters.
+      distribution: ``Uniform``, ``ER``, ``ERK`` or ``PerLayer``, or a mapping from glob patterns
+        over paths to them, each of which sees its layers only; other layers stay dense.
+      prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
+      out_axes: see ``scale_by_sparseopt``; here it tells ``ER`` and ``Uniform`` a convolution's
+        window from its inputs.
+      batch_axes: the axis or axes that index the layers of a stacked leaf (0 under ``nn.scan``), or
+        a mapping from glob patterns over paths to them. Each layer of a stack counts as a layer of
+        its own, which the distribution knows as ``path/0``, ``path/1`` and so on.
+      structure: the pattern of the masks, ``NM``, ``Blocks``, ``Neurons``, ``ConstantFanIn``, or a
+        mapping from glob patterns over paths to them; other layers have none, and neither have
+        layers that stay dense. Patterns say how they round the number of weights.
+
+    Returns:
+      Bool arrays in the structure and shapes of ``params``, True where a weight is active; in
+      Explicit mesh mode sharded as ``params``.
+
+    Raises:
+      TypeError: a leaf chosen by ``prunable`` is not floating.
+      ValueError: nothing is prunable, or the distribution or the structure does not fit the layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import sparseopt_jax as sx
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> masks = sx.init_masks(jax.random.key(0), params, sx.ERK(0.75))
+      >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
+      (8, 4)
+    """
+    boxed, params = params, unboxed(params)
+    layers = maskable_layers(params, prunable, batch_axes)
+    axes = out_axes_of(
+        params,
+        out_axes,
+        batch_axes,
+        concerns=lambda path, p: path in layers and (p.ndim > 2 or structure is not None),
+    )
+    plan = plan_of(
+        params,
+        distribution,
+        prunable=prunable,
+        axes=axes,
+        batch_axes=batch_axes,
+        structure=structure,
+    )
+    return boxed_like(draw_masks(key, params, plan), boxed)
+
+
+def draw_masks(key: Array, params: PyTree, plan: Plan) -> PyTree:
+    """Random masks with the plan's initial numbers, in the containers of ``params``."""
+    units = {path: Units.of(plan.layer(path), shape) for path, shape in plan.shapes.items()}
+    # NumPy's, since a jax.Array made under an Explicit mesh is of no use inside in_auto_mode.
+    counts = {
+        path: np.array([plan.initial[name] for name in own.names], np.int32)
+        for path, own in plan.layers.items()
+    }
+
+    def draw(key: Array) -> PyTree:
+        plain = [path for path, unit in units.items() if unit.grouped_by is None]
+        grouped = [path for path in units if path not in plain]
+        keys = jax.random.split(key) if plain and grouped else (key, key)
+        masks = _drawn(keys[0], {path: units[path] for path in plain}, counts)
+        for number, path in enumerate(grouped):
+            own_key = jax.random.fold_in(keys[1], number)
+            masks[path] = _drawn_in_groups(own_key, units[path], counts[path])
+
+        def init(path: tuple[Any, ...], leaf: Any) -> Array:
+            mask = masks.get(path_str(path))
+            return jnp.ones(jnp.shape(leaf), jnp.bool_) if mask is None else mask
+
+        return jax.tree_util.tree_map_with_path(init, params)
+
+    return in_auto_mode(draw, like=params)(key)
+
+
+def _drawn(
+    key: Array, units: Mapping[str, Units], counts: Mapping[str, np.ndarray]
+) -> dict[str, Array]:
+    """Layers of the same shape are drawn together, which keeps the compiled program small."""
+    if not units:
+        return {}
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for path, unit in units.items():
+        alike.setdefault(unit.unit_shape, []).append(path)
+    stacked = tuple(
+        (sum(units[path].n_layers for path in paths), *shape) for shape, paths in alike.items()
+    )
+    k = jnp.concatenate(
+        [
+            units[path].members(jnp.asarray(counts[path]))
+            for paths in alike.values()
+            for path in paths
+        ]
+    )
+    masks: dict[str, Array] = {}
+    stacks = random_masks(key, Layout(stacked, (None,) * len(stacked)), k)
+    for stack, paths in zip(stacks, alike.values(), strict=True):
+        parts = jnp.split(stack, np.cumsum([units[path].n_layers for path in paths])[:-1])
+        masks |= {path: units[path].restored(p) for path, p in zip(paths, parts, strict=True)}
+    return masks
+
+
+def _drawn_in_groups(key: Array, unit: Units, counts: np.ndarray) -> Array:
+    assert unit.split is not None
+    n, (n_groups, n_members, _) = unit.n_layers, unit.split.sizes
+    k = jnp.broadcast_to(unit.per_group(jnp.asarray(counts))[:, None], (n, n_groups))
+    everywhere = [jnp.ones((n, n_groups, n_members), jnp.bool_)]
+    return unit.restored(largest_of_groups(None, [k], key, everywhere)[0])

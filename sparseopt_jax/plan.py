@@ -1,0 +1,196 @@
+"""How many weights each layer is to have at each step, and in which pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt_jax.axes import AxesByPath, kernel_axes, to_layers
+from sparseopt_jax.by_path import ByPath, grouped, layer_counts
+from sparseopt_jax.layers import Layer, structure_of
+from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
+from sparseopt_jax.prunable import Prunable
+from sparseopt_jax.schedules import Schedule
+from sparseopt_jax.structures import Structure, layer_axes, named
+from sparseopt_jax.topology import Static, Topology
+from sparseopt_jax.trees import named_leaves
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of the maskable leaves of one tree of parameters.
+
+    Attributes:
+      layers: the layers of each leaf, by path.
+      shapes: of the leaves, by path.
+      axes: which axes index neurons.
+      batch_axes: which index the layers of a stack.
+      distribution: what gives the counts; None where the user gave masks.
+      structures: by path, of the leaves that have one.
+      schedules: by path, of the leaves that have one.
+      initial: by name of the layer, how many weights it has before the first update.
+      final: likewise, what its distribution gives it.
+    """
+
+    layers: Mapping[str, Layers]
+    shapes: Mapping[str, tuple[int, ...]]
+    axes: AxesByPath
+    batch_axes: AxesByPath
+    distribution: ByPath[Distribution] | None
+    structures: Mapping[str, Structure]
+    schedules: Mapping[str, Schedule]
+    initial: Mapping[str, int]
+    final: Mapping[str, int]
+
+    def described(self, paths: Sequence[str], step: Any, weights: Sequence[Array]) -> list[Layer]:
+        """What a topology is told of these leaves at a step."""
+        by_score = self._counts_by_score(dict(zip(paths, weights, strict=True)), step)
+        return [self.layer(path, self._planned(path, step, by_score)) for path in paths]
+
+    def layer(self, path: str, planned: Array | None = None) -> Layer:
+        """What there is to say of a leaf, with how many weights it is to have."""
+        axes = kernel_axes(path, len(self.shapes[path]), self.axes, self.batch_axes)
+        return Layer(path, axes, self.structures.get(path), planned)
+
+    def _planned(self, path: str, step: Any, by_score: Mapping[str, Array]) -> Array | None:
+        names = self.layers[path].names
+        schedule = self.schedules.get(path)
+        if schedule is not None:
+            initial, final = (np.array([of[n] for n in names]) for of in (self.initial, self.final))
+            counts = schedule.count_at(step, initial, final)
+            counts = jnp.stack([by_score.get(name, counts[i]) for i, name in enumerate(names)])
+        elif path in self.structures and self.final:
+            counts = jnp.array([self.final[name] for name in names], jnp.int32)
+        else:
+            return None
+        shape = self.shapes[path]
+        return counts.reshape([shape[axis] for axis in self.layers[path].batch])
+
+    def _counts_by_score(self, weights: Mapping[str, Array], step: Any) -> dict[str, Array]:
+        """By name, of layers whose distribution counts by magnitude as the schedule goes on."""
+        if not self.schedules or self.distribution is None:
+            return {}
+        counts: dict[str, Array] = {}
+        paths = list(self.layers)
+        names = [name for path in paths for name in self.layers[path].names]
+        path_of = {name: path for path in paths for name in self.layers[path].names}
+        distributions: list[tuple[Any, tuple[int, ...]]] = grouped(
+            "distribution", self.distribution, names
+        )
+        for one, numbers in distributions:
+            own = [names[i] for i in numbers if path_of[names[i]] in self.schedules]
+            own = [name for name in own if path_of[name] in weights]
+            if not own or not hasattr(one, "counts_from_scores"):
+                continue
+            schedule = self.schedules[path_of[own[0]]]
+            inside = set(own) - set(one.outside(own))
+            total = schedule.count_at(
+                step, sum(self.initial[n] for n in inside), sum(self.final[n] for n in inside)
+            )
+            scores: dict[str, Array] = {}
+            for path in dict.fromkeys(path_of[name] for name in own):
+                layers = to_layers(jnp.abs(weights[path]), self.layers[path].batch)
+                scores |= zip(self.layers[path].names, layers, strict=True)
+            by_score = one.counts_from_scores({name: scores[name] for name in own}, total)
+            counts |= {name: by_score[name] for name in inside}
+        return counts
+
+
+def plan_of(
+    params: PyTree,
+    distribution: ByPath[Distribution] | None,
+    *,
+    prunable: Prunable,
+    axes: AxesByPath,
+    batch_axes: AxesByPath = (),
+    structure: ByPath[Structure] | None = None,
+    topology: ByPath[Topology] | None = None,
+    schedule: Schedule | None = None,
+) -> Plan:
+    """The plan of a tree without boxes.
+
+    Args:
+      params: the tree; only shapes matter.
+      distribution: what gives the counts; None where the user gave masks.
+      prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
+      axes: which axes index neurons, as ``out_axes_of`` gives them.
+      batch_axes: which index the layers of a stack.
+      structure: the layers' patterns.
+      topology: of the layers, whose schedules count; None: ``schedule`` counts for all of them.
+      schedule: the density's.
+
+    Raises:
+      TypeError: ``prunable`` chooses a leaf that is not floating.
+      ValueError: nothing is prunable, or something does not fit the layers.
+    """
+    layers = maskable_layers(params, prunable, batch_axes)
+    shapes = {path: leaf.shape for path, leaf in named_leaves(params).items() if path in layers}
+    schedules = _schedules(list(layers), topology, schedule)
+    structures = structure_of("structure", structure, list(layers))
+    if distribution is None:
+        return Plan(layers, shapes, axes, batch_axes, None, structures, schedules, {}, {})
+    of_names = shapes_by_name(params, layers, axes, batch_axes)
+    final = layer_counts(distribution, of_names)
+    for path, own in layers.items():
+        if all(final[name] == math.prod(own.shape) for name in own.names):
+            structures.pop(path, None)
+        if path in structures:
+            kernel = kernel_axes(path, len(shapes[path]), axes, batch_axes)
+            for name in own.names:
+                with named(name):
+                    final[name] = structures[path].rounded(
+                        final[name], own.shape, layer_axes(kernel)
+                    )
+    initial = dict(final)
+    for path, one in schedules.items():
+        names = layers[path].names
+        initial |= _initial(distribution, one, of_names, final, names)
+    return Plan(
+        layers, shapes, axes, batch_axes, distribution, structures, schedules, initial, final
+    )
+
+
+def _schedules(
+    paths: list[str], topology: ByPath[Topology] | None, schedule: Schedule | None
+) -> dict[str, Schedule]:
+    """The schedule of each leaf that has one."""
+    if topology is None:
+        return {} if schedule is None else dict.fromkeys(paths, schedule)
+    found: dict[str, Schedule] = {}
+    for one, numbers in grouped("topology", topology, paths):
+        own = one.own_schedule or schedule
+        if own is not None and not isinstance(one, Static):
+            found |= {paths[i]: own for i in numbers}
+    return found
+
+
+def _initial(
+    distribution: ByPath[Distribution],
+    schedule: Schedule,
+    shapes: Mapping[str, tuple[int, ...]],
+    final: Mapping[str, int],
+    names: Sequence[str],
+) -> dict[str, int]:
+    """How many weights these layers have at the schedule's initial sparsity."""
+    sparsity = schedule.initial_sparsity
+    sizes = {name: math.prod(shapes[name]) for name in names}
+    if sparsity == 0.0:
+        return sizes
+    counts: dict[str, int] = {}
+    for one, numbers in grouped("distribution", distribution, list(shapes)):
+        own = {name: shapes[name] for i, name in enumerate(shapes) if i in numbers}
+        if dataclasses.is_dataclass(one) and hasattr(one, "sparsity"):
+            counts |= dataclasses.replace(one, sparsity=sparsity).layer_counts(own)
+        else:
+            counts |= {n: max(final[n], round((1 - sparsity) * math.prod(own[n]))) for n in own}
+    return {name: counts.get(name, sizes[name]) for name in names}
