@@ -26,6 +26,8 @@ from sparseopt_jax.grown_warmup import adam_bias_correction as adam_bias_correct
 from sparseopt_jax.ham import HamState as HamState
 from sparseopt_jax.ham import ham as ham
 from sparseopt_jax.initial_masks import init_masks as init_masks
+from sparseopt_jax.keep_top_k import KeepTopKState as KeepTopKState
+from sparseopt_jax.keep_top_k import keep_top_k as keep_top_k
 from sparseopt_jax.layers import Layer as Layer
 from sparseopt_jax.layers import describe_layers as describe_layers
 from sparseopt_jax.manual_update import update_topology as update_topology

@@ -241,7 +241,7 @@ class Global:
         layer, or floors that add up to more than the weights that are left.
 
     Source: Lee et al., SNIP (arXiv 1810.02340), algorithm 1; without floors whole layers can
-    vanish (Tanaka et al., arXiv 2006.05467, section 4).
+    vanish (Tanaka et al., arXiv 2006.05467).
 
     Example:
       >>> import jax.numpy as jnp

@@ -38,7 +38,7 @@ def snip_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTre
     Raises:
       ValueError: ``loss`` returns something else than one floating scalar.
 
-    Source: Lee et al., SNIP (arXiv 1810.02340), equations 5 and 6.
+    Source: Lee et al., SNIP (arXiv 1810.02340).
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,7 +75,7 @@ def grasp_scores(loss: Callable[..., Array], params: PyTree, *args: Any) -> PyTr
     Raises:
       ValueError: ``loss`` returns something else than one floating scalar.
 
-    Source: Wang et al., GraSP (arXiv 2002.07376), equation 8.
+    Source: Wang et al., GraSP (arXiv 2002.07376).
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,7 +117,7 @@ def synflow_scores(apply: Function, params: PyTree, *args: Any) -> PyTree:
     Raises:
       ValueError: ``apply`` returns no floating arrays.
 
-    Source: Tanaka et al., SynFlow (arXiv 2006.05467), equation 2 and algorithm 1.
+    Source: Tanaka et al., SynFlow (arXiv 2006.05467), algorithm 1.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -42,8 +42,7 @@ def straight_through(params: PyTree, masks: PyTree, decay: Any = 0.0) -> PyTree:
       TypeError: a mask is not bool, or ``decay`` is no number.
       ValueError: structure or shapes differ, or ``decay`` is negative.
 
-    Source: Bengio et al. (arXiv 1308.3432); with decay SR-STE, Zhou et al. (arXiv 2102.04010),
-    equation 9.
+    Source: Bengio et al. (arXiv 1308.3432); with decay SR-STE, Zhou et al. (arXiv 2102.04010).
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import host, measuring, profiles, step_time, topology_update
+from experiments.benchmarks import (
+    host,
+    keep_top_k,
+    measuring,
+    profiles,
+    step_time,
+    topology_update,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -32,6 +39,19 @@ def test_results_are_appended_a_line_each(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args([f"--json={tmp_path}"])
     assert f"{tmp_path} must be a file" in capsys.readouterr().err
+
+
+def test_keep_top_k_on_a_small_block(monkeypatch, capsys, tmp_path):
+    """It raises by itself where a kernel has not the number of weights that it is to keep."""
+    shapes = {"qkv": (32, 96), "out": (32, 32), "up": (32, 128), "down": (128, 32)}
+    for name, value in (("WIDTH", 32), ("LENGTH", 8), ("KERNELS", shapes)):
+        monkeypatch.setattr(keep_top_k, name, value)
+    assert keep_top_k.main(["--repeats=2", "--batch_size=1", f"--json={tmp_path / 'j'}"]) == 0
+    assert "12,288 weights, 1 sequences of 8" in capsys.readouterr().out
+    result = json.loads((tmp_path / "j").read_text())
+    update = result["update"]["median_seconds"]
+    added = (update["keep_top_k"] - update["dense"]) / result["step"]["median_seconds"]["dense"]
+    assert result["expected_ratio"] == pytest.approx(1 + added)
 
 
 def test_calls_take_turns():

@@ -108,7 +108,7 @@ def test_synflow_adds_up_all_paths():
 
 
 def test_rounds_of_synflow_spare_a_wide_layer_that_one_round_empties():
-    """Layer collapse (Tanaka et al., section 5): between narrow layers a wide one scores low."""
+    """Layer collapse (Tanaka et al.): between narrow layers a wide one scores low."""
     keys = jax.random.split(jax.random.key(1), 3)
     shapes = {"a": (4, 6), "b": (6, 200), "c": (200, 2)}
     params = {
