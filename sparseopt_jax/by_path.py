@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 from sparseopt_jax.patterns import matches
+from sparseopt_jax.settings import as_int
 
 Value = TypeVar("Value")
 ByPath: TypeAlias = Value | Mapping[str, Value]
@@ -58,7 +62,25 @@ def layer_counts(
     for one, numbers in grouped("distribution", distribution, names):
         own = [names[i] for i in numbers]
         if own and scores is not None and hasattr(one, "counts_from_scores"):
-            counts |= one.counts_from_scores({name: scores[name] for name in own})
-        elif own:
-            counts |= one.layer_counts({name: layers[name] for name in own})
+            found = one.counts_from_scores({name: scores[name] for name in own})
+        else:
+            found = one.layer_counts({name: layers[name] for name in own}) if own else {}
+        counts |= {name: _checked(one, name, count, layers) for name, count in found.items()}
     return counts
+
+
+def _checked(
+    distribution: Any, path: str, count: Any, layers: Mapping[str, tuple[int, ...]]
+) -> Any:
+    """The count of a layer, which a distribution of the user's own may have got wrong."""
+    if path not in layers:
+        raise ValueError(
+            f"{distribution} counts {path!r}, which is none of the layers: {', '.join(layers)}"
+        )
+    size = math.prod(layers[path])
+    if isinstance(count, jax.core.Tracer):
+        return jnp.clip(count, 0, size)
+    try:
+        return as_int("count", count, 0, size)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{distribution}, layer {path!r} of {size} weights: {error}") from None

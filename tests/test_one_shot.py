@@ -141,6 +141,45 @@ def test_a_run_trains_on_from_the_masks():
     jax.tree.map(np.testing.assert_array_equal, kept, masks)
 
 
+def test_a_distribution_of_ones_own_by_scores():
+    """Each layer keeps what is positive; where there are no scores, the half."""
+
+    class Positive:
+        def layer_counts(self, layers):
+            return {path: math.prod(shape) // 2 for path, shape in layers.items()}
+
+        def counts_from_scores(self, scores):
+            return {path: jnp.sum(a > 0, dtype=jnp.int32) for path, a in scores.items()}
+
+    scores = {"a": np.array([[3.0, -1.0, 2.0, 1.0]]), "b": np.array([[-1.0, -2.0]])}
+    for masks_of in (sx.masks_from_scores, jax.jit(sx.masks_from_scores, static_argnums=1)):
+        masks = masks_of(scores, Positive())
+        assert jax.tree.map(np.ndarray.tolist, jax.tree.map(np.asarray, masks)) == {
+            "a": [[True, False, True, True]],
+            "b": [[False, False]],
+        }
+    masks = sx.init_masks(jax.random.key(0), scores, Positive())
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ({"w": 9}, ValueError, "layer 'w' of 8 weights: count must be at most 8, got 9"),
+        ({"w": -1}, ValueError, "count must be at least 0, got -1"),
+        ({"w": 2.5}, TypeError, r"count must be an int, got 2\.5"),
+        ({"v": 2}, ValueError, "counts 'v', which is none of the layers: w"),
+    ],
+)
+def test_counts_that_no_layer_can_have(counts, error, message):
+    class Wrong:
+        def layer_counts(self, layers):
+            return counts
+
+    with pytest.raises(error, match=message):
+        sx.init_masks(jax.random.key(0), {"w": jnp.ones((2, 4))}, Wrong())
+
+
 def test_what_cannot_be_ranked_is_named():
     with pytest.raises(TypeError, match="scores leaf 'kernel' has dtype int32; only float16"):
         sx.masks_from_scores({"kernel": jnp.ones((2, 2), jnp.int32)}, sx.ERK(0.5))
