@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.selection import magnitude_bits, random_masks, shuffled_indices, top_k_masks
+from sparseopt_jax.selection import (
+    magnitude_bits,
+    ordered_bits,
+    random_masks,
+    shuffled_indices,
+    top_k_masks,
+)
 from sparseopt_jax.stacks import Layout, Stacks
 from sparseopt_jax.structures import ConstantFanIn, Structure
 
@@ -25,9 +31,14 @@ _FEW = 8
 
 
 def largest_of_groups(
-    scores: Stacks | None, k: Sequence[Array], key: Array | None, where: Stacks
+    scores: Stacks | None,
+    k: Sequence[Array],
+    key: Array | None,
+    where: Stacks,
+    *,
+    by_magnitude: bool = True,
 ) -> Stacks:
-    """The members with the largest magnitudes of each group.
+    """The members with the largest scores of each group.
 
     Args:
       scores: floating stacks (n, groups, members), or None to choose at random.
@@ -35,14 +46,16 @@ def largest_of_groups(
       key: a JAX random key, for ties; with None, which is for stacks with scores, the lowest index
         wins.
       where: bool stacks; only members where it is True are chosen, all where there are fewer.
+      by_magnitude: rank absolute values.
 
     Returns:
       Bool stacks.
     """
+    to_bits = magnitude_bits if by_magnitude else ordered_bits
     if all(stack.shape[2] <= _FEW for stack in where):
         ranks = _random_ranks(key, where)
         return [
-            _by_comparison(None if scores is None else scores[i], rank, k[i], w)
+            _by_comparison(None if scores is None else to_bits(scores[i]), rank, k[i], w)
             for i, (w, rank) in enumerate(zip(where, ranks, strict=True))
         ]
     rows = [stack.reshape(-1, stack.shape[2]) for stack in where]
@@ -53,7 +66,7 @@ def largest_of_groups(
         chosen = random_masks(key, layout, counts, rows)
     else:
         flat = [s.reshape(r.shape) for s, r in zip(scores, rows, strict=True)]
-        chosen = top_k_masks(flat, counts, key, rows, by_magnitude=True, layout=layout)
+        chosen = top_k_masks(flat, counts, key, rows, by_magnitude=by_magnitude, layout=layout)
     return [c.reshape(w.shape) for c, w in zip(chosen, where, strict=True)]
 
 
@@ -180,15 +193,15 @@ def _random_ranks(key: Array | None, where: Stacks) -> Sequence[Array | None]:
     return shuffled_indices(layout.random_words(key), layout)
 
 
-def _by_comparison(scores: Array | None, ranks: Array | None, k: Array, where: Array) -> Array:
-    """The ``k`` largest by the order of scores, then of random ranks, then of the index."""
+def _by_comparison(bits: Array | None, ranks: Array | None, k: Array, where: Array) -> Array:
+    """The ``k`` largest by the order of the bits, then of random ranks, then of the index."""
     n = where.shape[2]
 
     def members(stack: Array) -> list[Array]:
         return [stack[..., i] for i in range(n)]
 
     allowed = members(where)
-    keys = None if scores is None else members(magnitude_bits(scores))
+    keys = None if bits is None else members(bits)
     ties = None if ranks is None else members(ranks)
     better = [jnp.zeros(k.shape, jnp.int32)] * n
     for i in range(n):

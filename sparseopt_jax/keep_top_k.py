@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sparseopt_jax.axes import AxesByPath
-from sparseopt_jax.by_path import ByPath, layer_counts
+from sparseopt_jax.by_path import ByPath
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
+from sparseopt_jax.layout import out_axes_of
+from sparseopt_jax.masks import Distribution, maskable_layers
 from sparseopt_jax.one_shot import largest_of_layers
+from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
-from sparseopt_jax.settings import check_function
+from sparseopt_jax.schedule_checks import check_is_schedule, check_structure
+from sparseopt_jax.schedules import Schedule
+from sparseopt_jax.structures import Structure
 from sparseopt_jax.trees import aligned, boxed_like, named_leaves, path_str, unboxed
 
 Array: TypeAlias = jax.Array
@@ -42,7 +43,8 @@ class KeepTopKState(NamedTuple):
 
 def keep_top_k(
     distribution: ByPath[Distribution],
-    schedule: Callable[[Array], Any] | None = None,
+    schedule: Schedule | None = None,
+    structure: ByPath[Structure] | None = None,
     *,
     prunable: Prunable = default_prunable,
     out_axes: AxesByPath | None = None,
@@ -59,9 +61,9 @@ def keep_top_k(
 
     Args:
       distribution: how many weights each layer keeps in the end, as in ``init_masks``.
-      schedule: from the number of updates so far, 0 at first, to the way that has been gone from
-        dense (0) to the distribution's counts (1): for example ``optax.linear_schedule(0.0, 1.0,
-        10_000)``. None: all the way from the first step.
+      schedule: how much over time, from the number of updates before: ``Linear``, ``Cubic``,
+        ``OneShot`` or ``from_optax(...)``. None: the distribution's counts from the first step.
+      structure: in which pattern, as in ``masks_from_scores``.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse; others pass.
       out_axes: as in ``init_masks``.
       batch_axes: as in ``init_masks``.
@@ -71,10 +73,10 @@ def keep_top_k(
       of layers come out in the promoted dtype of update and parameter, which holds ``-w``.
 
     Raises:
-      TypeError: ``schedule`` is no function of a step; from ``init`` and ``update``: a leaf chosen
-        by ``prunable`` is not floating.
-      ValueError: from ``init`` and ``update``: nothing is prunable, or the distribution does not
-        fit the layers; from ``update``: without ``params``.
+      TypeError: ``schedule`` is no density schedule, or ``structure`` none; from ``init`` and
+        ``update``: a leaf chosen by ``prunable`` is not floating.
+      ValueError: from ``init`` and ``update``: nothing is prunable, or the distribution or the
+        structure does not fit the layers; from ``update``: without ``params``.
 
     Source: the weights' projection after each step in Gao et al., Weight-sparse transformers have
     interpretable circuits (arXiv 2511.13653).
@@ -88,19 +90,26 @@ def keep_top_k(
       >>> (optax.apply_updates(params, updates)["kernel"] != 0).tolist()
       [[True, False], [False, False]]
     """
-    check_function("schedule", schedule, "step", or_none=True)
+    check_is_schedule(schedule)
+    check_structure(structure)
 
-    def numbers(params: PyTree) -> tuple[dict[str, Layers], np.ndarray, np.ndarray]:
-        """The layers, how many weights each keeps in the end, and how many it has."""
+    def planned(params: PyTree, warn: bool) -> Plan:
         layers = maskable_layers(params, prunable, batch_axes)
-        shapes = shapes_by_name(params, layers, out_axes, batch_axes)
-        counts = layer_counts(distribution, shapes)
-        names = [name for own in layers.values() for name in own.names]
-        of_names = [[counts[name], math.prod(shapes[name])] for name in names]
-        return layers, *np.array(of_names, np.int32).T
+        axes = out_axes_of(
+            params, out_axes, batch_axes, concerns=lambda path, _: warn and path in layers
+        )
+        return plan_of(
+            params,
+            distribution,
+            prunable=prunable,
+            axes=axes,
+            batch_axes=batch_axes,
+            structure=structure,
+            schedule=schedule,
+        )
 
     def init_fn(params: PyTree) -> KeepTopKState:
-        numbers(unboxed(params))  # Raises where they do not fit.
+        planned(unboxed(params), warn=True)  # Raises where they do not fit.
         return KeepTopKState(jnp.zeros((), jnp.int32))
 
     def update_fn(
@@ -110,7 +119,7 @@ def keep_top_k(
             raise ValueError("params is missing: keep_top_k needs update(grads, opt_state, params)")
         steps = unboxed(updates)
         weights = aligned(params, steps, ("params", "updates"), surplus=True)
-        layers, final, sizes = numbers(weights)
+        plan = planned(weights, warn=False)
 
         def keep(steps: dict[str, Array], weights: dict[str, Array], step: Array) -> Any:
             # What apply_updates will make of them.
@@ -118,16 +127,14 @@ def keep_top_k(
                 path: (w.astype(steps[path].dtype) + steps[path]).astype(w.dtype)
                 for path, w in weights.items()
             }
-            k = jnp.asarray(final)
-            if schedule is not None:
-                k = _on_the_way(jnp.asarray(schedule(step), jnp.float32), k, jnp.asarray(sizes))
-            kept = largest_of_layers(after, layers, k, by_magnitude=True)
+            counts = {path: plan.counts_at(path, step) for path in after}
+            kept = largest_of_layers(after, plan, counts, by_magnitude=True)
             return {
                 path: jnp.where(kept[path], steps[path], -w.astype(steps[path].dtype))
                 for path, w in weights.items()
             }
 
-        own = {path: w for path, w in named_leaves(weights).items() if path in layers}
+        own = {path: w for path, w in named_leaves(weights).items() if path in plan.layers}
         by_path = {
             path: u.astype(_promoted(u, own[path]))
             for path, u in named_leaves(steps).items()
@@ -138,15 +145,6 @@ def keep_top_k(
         return boxed_like(new, updates), KeepTopKState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _on_the_way(gone: Array, final: Array, sizes: Array) -> Array:
-    """Counts (N,) after a share of the way from ``sizes`` to ``final``; exact at both ends."""
-    left = 1.0 - jnp.clip(gone, 0.0, 1.0)
-    n = sizes - final
-    more = jnp.floor(left * n.astype(jnp.float32)).astype(jnp.int32)
-    # float32 does not hold every n.
-    return final + jnp.where(left == 1.0, n, jnp.clip(more, 0, n))
 
 
 def _promoted(update: Array, weight: Array) -> Any:

@@ -9,13 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt_jax.axes import AxesByPath, from_layers, to_layers
-from sparseopt_jax.by_path import ByPath, layer_counts
+from sparseopt_jax.axes import AxesByPath
+from sparseopt_jax.by_path import ByPath
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
+from sparseopt_jax.group_selection import largest_of_groups
+from sparseopt_jax.layout import out_axes_of
+from sparseopt_jax.masks import Distribution, maskable_layers
+from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import top_k_masks
+from sparseopt_jax.structures import Structure
 from sparseopt_jax.trees import boxed_like, named_leaves, path_str, unboxed
+from sparseopt_jax.units import Units
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -27,6 +32,7 @@ _LARGEST_STACKED = 2**18
 def masks_from_scores(
     scores: PyTree,
     distribution: ByPath[Distribution],
+    structure: ByPath[Structure] | None = None,
     *,
     prunable: Prunable = default_prunable,
     out_axes: AxesByPath | None = None,
@@ -39,6 +45,8 @@ def masks_from_scores(
         or, for pruning by magnitude, ``jax.tree.map(jnp.abs, params)``. The order is that of
         ``top_k_mask``: NaN comes last, and the lowest index first among equals.
       distribution: as in ``init_masks``; or ``Global``, one threshold over all layers.
+      structure: in which pattern, as in ``init_masks``. Blocks and neurons count by the sum of
+        their weights' scores.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
       out_axes: as in ``init_masks``.
       batch_axes: as in ``init_masks``.
@@ -50,7 +58,7 @@ def masks_from_scores(
 
     Raises:
       TypeError: a leaf chosen by ``prunable`` is not floating.
-      ValueError: nothing is prunable, or the distribution does not fit the layers.
+      ValueError: nothing is prunable, or the distribution or the structure does not fit the layers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -63,18 +71,25 @@ def masks_from_scores(
     """
     boxed, scores = scores, unboxed(scores)
     layers = maskable_layers(scores, prunable, batch_axes, "scores")
-    shapes = shapes_by_name(scores, layers, out_axes, batch_axes)
+    axes = out_axes_of(
+        scores,
+        out_axes,
+        batch_axes,
+        concerns=lambda path, leaf: path in layers and (leaf.ndim > 2 or structure is not None),
+    )
+    plan = plan_of(
+        scores,
+        distribution,
+        prunable=prunable,
+        axes=axes,
+        batch_axes=batch_axes,
+        structure=structure,
+        argument="scores",
+    )
     leaves = {path: leaf for path, leaf in named_leaves(scores).items() if path in layers}
 
     def choose(leaves: dict[str, Array]) -> dict[str, Array]:
-        of_layers = {
-            name: layer
-            for path, own in layers.items()
-            for name, layer in zip(own.names, to_layers(leaves[path], own.batch), strict=True)
-        }
-        counts = layer_counts(distribution, shapes, of_layers)
-        k = jnp.stack([jnp.asarray(counts[n], jnp.int32) for n in of_layers])
-        return largest_of_layers(leaves, layers, k)
+        return largest_of_layers(leaves, plan, plan.counts_of_scores(leaves))
 
     masks = in_auto_mode(choose, like=leaves)(leaves)
 
@@ -86,34 +101,46 @@ def masks_from_scores(
 
 
 def largest_of_layers(
-    scores: Mapping[str, Array], layers: Mapping[str, Layers], k: Array, by_magnitude: bool = False
+    scores: Mapping[str, Array],
+    plan: Plan,
+    counts: Mapping[str, Array],
+    by_magnitude: bool = False,
 ) -> dict[str, Array]:
-    """Masks of the ``k`` largest scores of each layer, in one search.
+    """Masks of the largest scores of each layer; among equals the lowest index comes first.
 
     Args:
       scores: floating arrays by path.
-      layers: what layers each of them holds.
-      k: int32 (N,), for the layers in the order of ``layers``, each in the range of its size.
+      plan: of these leaves.
+      counts: how many weights the layers of each leaf keep, int32 (layers,).
       by_magnitude: rank absolute values.
     """
+    units = {path: Units.of(plan.layer(path), score.shape) for path, score in scores.items()}
+    of_units = {p: units[p].of_scores(score, by_magnitude) for p, score in scores.items()}
+    chosen = {}
     alike: dict[Any, list[str]] = {}
-    numbers: dict[str, range] = {}
-    n = 0
-    for path, own in layers.items():
-        kind = own.shape, scores[path].dtype
-        small = scores[path].size <= _LARGEST_STACKED
-        alike.setdefault(kind if small else path, []).append(path)
-        numbers[path] = range(n, n + len(own.names))
-        n += len(own.names)
-    order = [number for paths in alike.values() for path in paths for number in numbers[path]]
-    stacks = [
-        jnp.concatenate([to_layers(scores[path], layers[path].batch) for path in paths])
-        for paths in alike.values()
-    ]
-    chosen = top_k_masks(stacks, k[np.array(order)], None, by_magnitude=by_magnitude)
-    found = {}
-    for stack, paths in zip(chosen, alike.values(), strict=True):
-        parts = jnp.split(stack, np.cumsum([len(layers[path].names) for path in paths])[:-1])
-        for path, part in zip(paths, parts, strict=True):
-            found[path] = from_layers(part, scores[path].shape, layers[path].batch)
-    return found
+    for path, unit in units.items():
+        if unit.grouped_by is not None:
+            k = unit.per_group(counts[path])[:, None]
+            shape = of_units[path].shape
+            (chosen[path],) = largest_of_groups(
+                [of_units[path]],
+                [jnp.broadcast_to(k, shape[:2])],
+                None,
+                [jnp.ones(shape, jnp.bool_)],
+                by_magnitude=by_magnitude,
+            )
+        else:
+            kind = unit.unit_shape, of_units[path].dtype
+            alike.setdefault(kind if scores[path].size <= _LARGEST_STACKED else path, []).append(
+                path
+            )
+    if alike:
+        stacks = [jnp.concatenate([of_units[p] for p in paths]) for paths in alike.values()]
+        k = jnp.concatenate(
+            [units[p].members(counts[p]) for paths in alike.values() for p in paths]
+        )
+        found = top_k_masks(stacks, k, None, by_magnitude=by_magnitude)
+        for stack, paths in zip(found, alike.values(), strict=True):
+            parts = jnp.split(stack, np.cumsum([units[p].n_layers for p in paths])[:-1])
+            chosen |= zip(paths, parts, strict=True)
+    return {path: units[path].restored(mask) for path, mask in chosen.items()}

@@ -38,6 +38,7 @@ class Plan:
       distribution: what gives the counts; None where the user gave masks.
       structures: by path, of the leaves that have one.
       schedules: by path, of the leaves that have one.
+      window_in_out: by name of the layer, its sizes in Flax's order, as distributions see them.
       initial: by name of the layer, how many weights it has before the first update.
       final: likewise, what its distribution gives it.
     """
@@ -49,6 +50,7 @@ class Plan:
     distribution: ByPath[Distribution] | None
     structures: Mapping[str, Structure]
     schedules: Mapping[str, Schedule]
+    window_in_out: Mapping[str, tuple[int, ...]]
     initial: Mapping[str, int]
     final: Mapping[str, int]
 
@@ -62,17 +64,33 @@ class Plan:
         axes = kernel_axes(path, len(self.shapes[path]), self.axes, self.batch_axes)
         return Layer(path, axes, self.structures.get(path), planned)
 
-    def _planned(self, path: str, step: Any, by_score: Mapping[str, Array]) -> Array | None:
+    def counts_of_scores(self, scores: Mapping[str, Array]) -> dict[str, Array]:
+        """By path, how many weights its layers keep that have these scores, int32 (layers,)."""
+        assert self.distribution is not None
+        by_name: dict[str, Any] = {}
+        for path, own in self.layers.items():
+            by_name |= zip(own.names, to_layers(scores[path], own.batch), strict=True)
+        counts = layer_counts(self.distribution, self.window_in_out, by_name)
+        return {
+            path: jnp.stack([jnp.asarray(counts[name], jnp.int32) for name in own.names])
+            for path, own in self.layers.items()
+        }
+
+    def counts_at(self, path: str, step: Any) -> Array:
+        """How many weights each layer of a leaf has at a step by its schedule, int32 (layers,)."""
         names = self.layers[path].names
+        initial, final = (np.array([of[n] for n in names]) for of in (self.initial, self.final))
         schedule = self.schedules.get(path)
-        if schedule is not None:
-            initial, final = (np.array([of[n] for n in names]) for of in (self.initial, self.final))
-            counts = schedule.count_at(step, initial, final)
-            counts = jnp.stack([by_score.get(name, counts[i]) for i, name in enumerate(names)])
-        elif path in self.structures and self.final:
-            counts = jnp.array([self.final[name] for name in names], jnp.int32)
-        else:
+        if schedule is None:
+            return jnp.asarray(final, jnp.int32)
+        return schedule.count_at(step, initial, final)
+
+    def _planned(self, path: str, step: Any, by_score: Mapping[str, Array]) -> Array | None:
+        if path not in self.schedules and not (path in self.structures and self.final):
             return None
+        counts = self.counts_at(path, step)
+        names = self.layers[path].names
+        counts = jnp.stack([by_score.get(name, counts[i]) for i, name in enumerate(names)])
         shape = self.shapes[path]
         return counts.reshape([shape[axis] for axis in self.layers[path].batch])
 
@@ -116,6 +134,7 @@ def plan_of(
     structure: ByPath[Structure] | None = None,
     topology: ByPath[Topology] | None = None,
     schedule: Schedule | None = None,
+    argument: str = "params",
 ) -> Plan:
     """The plan of a tree without boxes.
 
@@ -128,17 +147,18 @@ def plan_of(
       structure: the layers' patterns.
       topology: of the layers, whose schedules count; None: ``schedule`` counts for all of them.
       schedule: the density's.
+      argument: what errors call the tree.
 
     Raises:
       TypeError: ``prunable`` chooses a leaf that is not floating.
       ValueError: nothing is prunable, or something does not fit the layers.
     """
-    layers = maskable_layers(params, prunable, batch_axes)
+    layers = maskable_layers(params, prunable, batch_axes, argument)
     shapes = {path: leaf.shape for path, leaf in named_leaves(params).items() if path in layers}
     schedules = _schedules(list(layers), topology, schedule)
     structures = structure_of("structure", structure, list(layers))
     if distribution is None:
-        return Plan(layers, shapes, axes, batch_axes, None, structures, schedules, {}, {})
+        return Plan(layers, shapes, axes, batch_axes, None, structures, schedules, {}, {}, {})
     of_names = shapes_by_name(params, layers, axes, batch_axes)
     final = layer_counts(distribution, of_names)
     for path, own in layers.items():
@@ -156,7 +176,16 @@ def plan_of(
         names = layers[path].names
         initial |= _initial(distribution, one, of_names, final, names)
     return Plan(
-        layers, shapes, axes, batch_axes, distribution, structures, schedules, initial, final
+        layers,
+        shapes,
+        axes,
+        batch_axes,
+        distribution,
+        structures,
+        schedules,
+        of_names,
+        initial,
+        final,
     )
 
 

@@ -16,15 +16,21 @@ from sparseopt_jax.structures import Structure
 from sparseopt_jax.topology import Static, Topology
 
 
+def check_is_schedule(schedule: Any) -> None:
+    """Raise unless ``schedule`` is a density schedule or None."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        hint = "; from_optax(schedule, end_step) makes one" if callable(schedule) else ""
+        raise TypeError(
+            "schedule must be a density schedule such as Cubic(0, 1000), or None, got "
+            f"{schedule!r}{hint}"
+        )
+
+
 def check_schedule(
     schedule: Schedule | None, topology: ByPath[Topology], distribution: Any, automatic: bool
 ) -> None:
     """Raise where a topology cannot follow the density schedule."""
-    if schedule is not None and not isinstance(schedule, Schedule):
-        hint = "; from_optax(schedule, end_step) makes one" if callable(schedule) else ""
-        raise TypeError(
-            f"schedule must be a density schedule such as Cubic(0, 1000), got {schedule!r}{hint}"
-        )
+    check_is_schedule(schedule)
     topologies = _values(topology)
     if schedule is not None and all(isinstance(t, Static) or t.own_schedule for t in topologies):
         raise ValueError(
@@ -63,7 +69,7 @@ def _check_followed(
         )
 
 
-def check_structure(structure: ByPath[Structure] | None, topology: ByPath[Topology]) -> None:
+def check_structure(structure: Any, topology: ByPath[Topology] | None = None) -> None:
     """Raise unless ``structure`` is one, several by pattern, or None, and goes with topologies."""
     if structure is None:
         return

@@ -119,7 +119,7 @@ def top_k_masks(
       Bool stacks of the shapes of ``scores``.
     """
     layout = layout or Layout.of(scores)
-    to_bits = magnitude_bits if by_magnitude else _ordered_bits
+    to_bits = magnitude_bits if by_magnitude else ordered_bits
     unsigned = _widest(scores)
 
     def bits(scores: Stacks, where: Stacks | None) -> Stacks:
@@ -316,7 +316,7 @@ def magnitude_bits(scores: Array) -> Array:
 
 
 @jax.jit
-def _ordered_bits(scores: Array) -> Array:
+def ordered_bits(scores: Array) -> Array:
     """Map floats to unsigned integers of the same order: NaN to 1, everything else above.
 
     All tests are on the bits, because backends flush subnormal numbers to zero in floating-point

@@ -74,12 +74,12 @@ class Units:
         """Whether members are active: as soon as one of their weights is."""
         return self._arranged(mask, lambda parts: parts.any(axis=-1))
 
-    def of_scores(self, scores: Array) -> Array:
-        """The scores of members."""
+    def of_scores(self, scores: Array, by_magnitude: bool = True) -> Array:
+        """The scores of members: of several weights the sum, by default of their magnitudes."""
 
         def summed(parts: Array) -> Array:
             wide = jnp.promote_types(parts.dtype, jnp.float32)
-            return jnp.sum(jnp.abs(parts), axis=-1, dtype=wide)
+            return jnp.sum(jnp.abs(parts) if by_magnitude else parts, axis=-1, dtype=wide)
 
         return self._arranged(scores, summed)
 

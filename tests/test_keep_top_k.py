@@ -98,6 +98,15 @@ def test_exactly_k_are_kept_whatever_the_updates(density, dtype):
         )
 
 
+class Quarter(sx.Schedule):
+    """A quarter of the way left, on each step."""
+
+    initial_sparsity, end_step = 0.0, 1
+
+    def remaining(self, step):
+        return 0.25
+
+
 def kept_at(schedule, steps, params):
     tx = optax.chain(optax.sgd(0.0), sx.keep_top_k(HALF, schedule))
 
@@ -112,12 +121,20 @@ def kept_at(schedule, steps, params):
 
 def test_a_schedule_leads_from_dense_to_the_counts():
     params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
-    assert kept_at(optax.linear_schedule(0.0, 1.0, 4), 6, params) == [100, 87, 75, 62, 50, 50]
+    assert kept_at(sx.Linear(0, 4), 6, params) == [100, 87, 75, 62, 50, 50]
+    assert kept_at(sx.Linear(0, 2, initial_sparsity=0.2), 3, params) == [80, 65, 50]
+    assert kept_at(sx.OneShot(1), 3, params) == [100, 50, 50]
     assert kept_at(None, 2, params) == [50, 50]
-    assert kept_at(lambda step: 0.5, 1, params) == [75]  # A number of Python's own will do.
-    # Out of range, or no number: clipped to what a layer has and is to keep.
-    assert kept_at(lambda step: jnp.array([-1.0, 2.0, jnp.nan])[step], 3, params)[:2] == [100, 50]
-    assert 50 <= kept_at(lambda step: jnp.nan, 1, params)[0] <= 100
+
+
+def test_a_structure_holds_after_every_step():
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    tx = sx.keep_top_k(HALF, structure=sx.NM(2, 4))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    after = np.asarray(optax.apply_updates(params, updates)["w"]).reshape(2, 4, 6)
+    dense = np.abs(np.asarray(params["w"])).reshape(2, 4, 6)
+    expected = np.argsort(np.argsort(-dense, axis=1), axis=1) < 2
+    np.testing.assert_array_equal(after != 0, expected)
 
 
 def test_each_layer_of_a_stack_keeps_its_own():
@@ -147,7 +164,7 @@ def test_on_a_mesh(mode):
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in layers.items()}
     params = [params[name] for name in layers] + [params["9"]] * 8
     distribution = sx.PerLayer({str(i): i / 20 for i in range(11)})
-    tx = sx.keep_top_k(distribution, lambda step: 0.75)
+    tx = sx.keep_top_k(distribution, Quarter())
 
     def step(params):
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -176,7 +193,7 @@ def test_bad_calls():
         tx.init({"bias": jnp.ones(2)})
     with pytest.raises(ValueError, match="params must have the tree structure of updates"):
         tx.update(params, tx.init(params), {"v": params["w"]})
-    with pytest.raises(TypeError, match=r"schedule must be a function.* or None, got 0\.9"):
+    with pytest.raises(TypeError, match=r"schedule must be a density schedule.* or None, got 0\.9"):
         sx.keep_top_k(HALF, 0.9)
     with pytest.raises(ValueError, match="would keep no weight"):
         sx.keep_top_k(sx.ERK(0.999)).init(params)
