@@ -78,6 +78,7 @@ from sparseopt_jax.summary import fan_in_statistics as fan_in_statistics
 from sparseopt_jax.summary import summary as summary
 from sparseopt_jax.topology import Static as Static
 from sparseopt_jax.topology import Topology as Topology
+from sparseopt_jax.training_flops import training_flops as training_flops
 
 __version__ = "0.1.0"
 

@@ -55,6 +55,11 @@ class Layerwise(Topology):
     _grow: ClassVar[str | None] = "scores"
 
     @property
+    def needs_dense_gradient(self) -> bool:  # type: ignore[override]
+        """Where growth goes by scores."""
+        return self._grow == "scores"
+
+    @property
     def _reads_scores(self) -> bool:
         """Whether layers depend on the scores, be it to stay as they are where there are none."""
         return True

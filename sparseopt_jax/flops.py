@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from sparseopt_jax.drop_and_grow import SET, RigL
+from sparseopt_jax.criteria import Momentum
 from sparseopt_jax.masks import fitting
-from sparseopt_jax.topology import Static
+from sparseopt_jax.topology import Topology
 from sparseopt_jax.trees import is_array, named_leaves, unboxed
 
 PyTree: TypeAlias = Any
@@ -75,39 +75,48 @@ class ModelFLOPs:
         """FLOPs of the forward pass with the masks (f_S in RigL)."""
         return sum(layer.sparse for layer in self.layers.values()) + self.activations + self.other
 
-    def training(self, topology: Static | SET | RigL | None = None) -> float:
+    def training(self, topology: Topology | None = None) -> float:
         """FLOPs of one training step, averaged over the steps between topology updates.
 
         The backward pass costs two forward passes, for the gradients of the activations and of the
         weights. With delta-T the topology's ``interval``:
 
-        - dense (None): 3 f_D; ``Static``, ``SET``: 3 f_S
+        - dense (None): 3 f_D; ``Static``, ``SET`` and what else grows by no gradient: 3 f_S
         - ``RigL``: (3 f_S delta-T + 2 f_S + f_D) / (delta-T + 1): one step in delta-T + 1 computes
-          the weights' gradient densely; with ``accumulate_steps``, that many do.
+          the weights' gradient densely; with ``accumulate_steps``, that many do; with a
+          ``Momentum`` all do.
 
         This is the theoretical count of the literature. It leaves out the optimizer, the selection
         of weights, and that updates stop at ``end_step``. What runs here is dense: JAX multiplies
-        by the zeros too, and ``sparse_training`` masks a dense gradient on every step.
+        by the zeros too, and ``sparse_training`` masks a dense gradient on every step. Where the
+        density changes, ``training_flops`` counts a whole run.
 
         Args:
-          topology: ``Static``, ``SET`` or ``RigL``, or None for dense training.
+          topology: such as ``Static``, ``SET`` or ``RigL``, or None for dense training.
 
         Returns:
           FLOPs a step, of the batch that was traced.
 
         Raises:
-          TypeError: ``topology`` is none of these.
+          TypeError: ``topology`` is none.
+          ValueError: its density changes.
 
         Source: RigL (arXiv 1911.11134), appendix on the FLOPs of its methods.
         """
         if topology is None:
             return 3.0 * self.dense
-        if isinstance(topology, Static | SET):
-            return 3.0 * self.sparse
-        if not isinstance(topology, RigL):
+        if not isinstance(topology, Topology):
             raise TypeError(
-                f"topology must be Static, SET, RigL, or None for dense training, got {topology!r}"
+                f"topology must be a topology, or None for dense training, got {topology!r}"
             )
+        if topology.needs_schedule or topology.own_schedule:
+            raise ValueError(
+                f"topology={topology} changes the density: training_flops counts a whole run"
+            )
+        if not topology.needs_dense_gradient:
+            return 3.0 * self.sparse
+        if isinstance(topology.grow_by, Momentum):
+            return 2.0 * self.sparse + self.dense
         steps, dense_gradients = topology.interval + 1, topology.accumulate_steps
         ordinary = 3 * self.sparse * (steps - dense_gradients)
         return (ordinary + (2 * self.sparse + self.dense) * dense_gradients) / steps

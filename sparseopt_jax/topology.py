@@ -33,6 +33,8 @@ class Topology(ABC):
       accumulate_steps: over how many steps, the update's own included, ``scores`` are summed.
       needs_schedule: whether it does nothing without a density schedule.
       only_drops: whether it cannot give a layer more weights than it has.
+      needs_dense_gradient: whether an update reads ``scores`` of weights that are not active, for
+        ``training_flops``.
 
     Its attributes ``begin_step`` and ``end_step``, the first step on which an update falls and the
     last on which one may, are one interval and never where it has none.
@@ -57,6 +59,7 @@ class Topology(ABC):
     accumulate_steps: int = 1
     needs_schedule: bool = False
     only_drops: bool = False
+    needs_dense_gradient: bool = True
 
     @property
     def own_schedule(self) -> Schedule | None:
@@ -131,6 +134,8 @@ class Static(Topology):
       >>> sx.Static().is_update_step(100)
       False
     """
+
+    needs_dense_gradient = False
 
     def is_update_step(self, step: Any) -> Any:
         """Never."""

@@ -401,5 +401,5 @@ def test_counts_are_linear(a, b, batch):
 
 @pytest.mark.parametrize("topology", ["rigl", sx.RigL])
 def test_unknown_topology(topology):
-    with pytest.raises(TypeError, match="topology must be Static, SET, RigL, or None"):
+    with pytest.raises(TypeError, match="topology must be a topology, or None"):
         ModelFLOPs({}, 1, 1).training(topology)
