@@ -64,7 +64,7 @@ class Split(NamedTuple):
         n_groups, n_members, n_weights = self.sizes
         members, rest = count // (n_groups * n_weights), count % n_weights
         if n_groups == 1 and n_weights > 1:
-            members = members + (rest >= n_weights - n_weights // 2)
+            members = members + (rest + n_weights // 2) // n_weights
         if isinstance(members, int):
             return min(max(members, 1), n_members)
         return jnp.clip(members, 1, n_members)

@@ -16,10 +16,9 @@ import sparseopt_jax
 from experiments.config import SPECS
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEXTS = {
-    name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md")
-}
+GUIDES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", *GUIDES)
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 README = TEXTS["README.md"]
 
 
