@@ -25,8 +25,8 @@ from experiments import build, data
 from experiments import mesh as meshes
 from experiments.config import Config
 from experiments.functions import SEED, MethodFunctions, State, method_functions
-from experiments.group import Measured, Member
 from experiments.programs import ModelPrograms, compile_fast, on_first_call
+from experiments.run_batch import Measured, Member
 from experiments.stepping import bound_in_flight
 
 
@@ -45,7 +45,7 @@ class BatchedState(NamedTuple):
 
 
 class Batched:
-    """A `group.Group` of every one of some methods with every one of some seeds, on one device."""
+    """A `RunBatch` of every one of some methods with every one of some seeds, on one device."""
 
     def __init__(
         self,
@@ -75,17 +75,17 @@ class Batched:
         self._sparse = [of[0].config.topology != "dense" for of in groups]
         self._due = self._update_steps([of[0].config for of in groups])
         self.steps_per_call = steps_per_call
-        whole = meshes.over(dataset.mesh)
-        self._put = functools.partial(jax.device_put, device=whole)
-        seeds = meshes.shaped(self._seeds.shape, jnp.int32, whole)
-        self._start = compile_fast(dataset.mesh, self._start_all, seeds, out_shardings=whole)
-        self.shapes = meshes.abstract(jax.eval_shape(self._start_all, seeds), whole)
+        replicated = meshes.replicated(dataset.mesh)
+        self._put = functools.partial(jax.device_put, device=replicated)
+        seeds = meshes.struct(self._seeds.shape, jnp.int32, replicated)
+        self._start = compile_fast(dataset.mesh, self._start_all, seeds, out_shardings=replicated)
+        self.shapes = meshes.abstract(jax.eval_shape(self._start_all, seeds), replicated)
         self.mask_shapes = self.masks(self.shapes)
-        orders = meshes.shaped((len(self._seeds), dataset.train_examples), jnp.int32, whole)
-        place = (meshes.abstract(dataset.train, whole), orders, seeds, SEED, SEED)
+        orders = meshes.struct((len(self._seeds), dataset.train_examples), jnp.int32, replicated)
+        place = (meshes.abstract(dataset.train, replicated), orders, seeds, SEED, SEED)
 
         def compiled(program: tuple[int, bool]) -> Any:
-            steps = jax.jit(self._steps(*program), donate_argnums=0, out_shardings=whole)
+            steps = jax.jit(self._steps(*program), donate_argnums=0, out_shardings=replicated)
             return steps.lower(self.shapes, *place).compile()
 
         # One step, a loop of steps, a step that changes the topology.
@@ -98,7 +98,7 @@ class Batched:
         self._evaluate = jax.jit(_over_runs(model.functions.evaluate, batch_per_seed=False))
         self._measure = compile_fast(
             dataset.mesh, self._measure_all, self.shapes.opt_states, self.mask_shapes,
-            out_shardings=whole,
+            out_shardings=replicated,
         )  # fmt: skip
         self._diagnose = on_first_call(
             dataset.mesh, functools.partial(self._each_method, "diagnose")
@@ -168,7 +168,7 @@ class Batched:
         (loss, (logits, batch_stats)), gradients = _over_runs(differentiated)(
             state.params, state.batch_stats, *batch
         )
-        found = []
+        stepped = []
         for i, (method, sparse) in enumerate(zip(self._methods, self._sparse, strict=True)):
             params, gradient = _at(state.params, i), _at(gradients, i)
             opt_state = state.opt_states[i]
@@ -179,8 +179,8 @@ class Batched:
                 params, opt_state, _ = jax.vmap(method.apply)(params, opt_state, gradient)
             else:
                 params, opt_state, norm = jax.vmap(method.apply)(params, opt_state, gradient)
-            found.append((params, opt_state, norm))
-        params, opt_states, norms = zip(*found, strict=True)
+            stepped.append((params, opt_state, norm))
+        params, opt_states, norms = zip(*stepped, strict=True)
         measured = {
             "loss": loss,
             "train_accuracy": (logits.argmax(-1) == batch.labels[None]).mean(-1, jnp.float32),
@@ -189,33 +189,33 @@ class Batched:
         return BatchedState(_stack(params), batch_stats, opt_states), measured
 
     def _measure_all(self, opt_states: tuple[Any, ...], earlier: Any) -> tuple[Any, Any]:
-        found, copies = [], []
+        measured, copies = [], []
         sparse = [i for i, is_sparse in enumerate(self._sparse) if is_sparse]
         for i, before in zip(sparse, earlier, strict=True):
             *values, masks = jax.vmap(self._methods[i].measure)(opt_states[i], before)
-            found.append(values)
+            measured.append(values)
             copies.append(masks)
-        return found, tuple(copies)
+        return measured, tuple(copies)
 
     def _each_method(self, name: str, state: BatchedState, batch: data.Split) -> list[Any]:
-        found = []
+        measured = []
         for i, method in enumerate(self._methods):
             one = State(_at(state.params, i), _at(state.batch_stats, i), state.opt_states[i])
-            found.append(jax.vmap(getattr(method, name))(one, *batch))
-        return found
+            measured.append(jax.vmap(getattr(method, name))(one, *batch))
+        return measured
 
-    def _per_member(self, found: Sequence[Any]) -> list[dict[str, Any]]:
+    def _per_member(self, of_methods: Sequence[Any]) -> list[dict[str, Any]]:
         """Of what every method gives, with a leading axis of seeds, the part of each member."""
-        fetched = jax.device_get(found)
+        fetched = jax.device_get(of_methods)
         return [_at(of, i) for of in fetched for i in range(len(self._seeds))]
 
     def start(self) -> BatchedState:
-        """As `Group.start`."""
+        """As `RunBatch.start`."""
         state: BatchedState = self._start(self._put(self._seeds))
         return state
 
     def stepper(self, step: int) -> BatchedStepper:
-        """As `Group.stepper`."""
+        """As `RunBatch.stepper`."""
         return BatchedStepper(self, self._dataset, self._put, self._seeds, step)
 
     def is_topology_update(self, step: int) -> bool:
@@ -223,14 +223,14 @@ class Batched:
         return step in self._due
 
     def masks(self, state: Any) -> tuple[Any, ...]:
-        """As `Group.masks`: of each sparse method, with a leading axis of seeds."""
+        """As `RunBatch.masks`: of each sparse method, with a leading axis of seeds."""
         states = zip(self._sparse, state.opt_states, strict=True)
         return tuple(sx.get_masks(opt_state) for sparse, opt_state in states if sparse)
 
     def measure(self, state: BatchedState, earlier: Any) -> tuple[list[Measured], Any]:
-        """As `Group.measure`."""
-        found, copies = self._measure(state.opt_states, earlier)
-        of_sparse = iter(jax.device_get(found))
+        """As `RunBatch.measure`."""
+        measured, copies = self._measure(state.opt_states, earlier)
+        of_sparse = iter(jax.device_get(measured))
         dense = Measured(sum(self.model.layers.values()), None, None)
         rows: list[Measured] = []
         for sparse in self._sparse:
@@ -244,41 +244,41 @@ class Batched:
         return rows, copies
 
     def evaluate(self, state: BatchedState, batch: data.EvalBatch) -> tuple[jax.Array, ...]:
-        """As `Group.evaluate`; arrays (methods, seeds)."""
-        found: tuple[jax.Array, ...] = self._evaluate(state.params, state.batch_stats, batch)
-        return found
+        """As `RunBatch.evaluate`; arrays (methods, seeds)."""
+        sums: tuple[jax.Array, ...] = self._evaluate(state.params, state.batch_stats, batch)
+        return sums
 
     def diagnose(self, state: BatchedState, batch: data.Split) -> list[dict[str, Any]]:
-        """As `Group.diagnose`."""
+        """As `RunBatch.diagnose`."""
         return self._per_member(self._diagnose(state, batch))
 
     def sharpness(self, state: BatchedState, batch: data.Split) -> list[dict[str, Any]]:
-        """As `Group.sharpness`."""
+        """As `RunBatch.sharpness`."""
         return self._per_member(self._sharpness(state, batch))
 
     def params_of(self, state: BatchedState, index: int) -> Any:
-        """As `Group.params_of`."""
+        """As `RunBatch.params_of`."""
         method, seed = divmod(index, len(self._seeds))
         return jax.device_get(_at(_at(state.params, method), seed))
 
     def masks_of(self, state: BatchedState, index: int) -> Any:
-        """As `Group.masks_of`."""
+        """As `RunBatch.masks_of`."""
         method, seed = divmod(index, len(self._seeds))
         if not self._sparse[method]:
             return None
         return jax.device_get(_at(sx.get_masks(state.opt_states[method]), seed))
 
     def learning_rate(self, step: int) -> float:
-        """As `Group.learning_rate`."""
+        """As `RunBatch.learning_rate`."""
         return float(self._methods[0].learning_rate(step))
 
     def locate(self, stepper: Any, state: Any, last_step: int) -> str:
-        """As `Group.locate`; it cannot tell, since a run that is mapped has no steps of its own."""
+        """As `RunBatch.locate`; it cannot tell: a run that is mapped has no steps of its own."""
         return "trained alone, with batch_runs=no, it will say in which layer that began"
 
 
 class BatchedStepper:
-    """Takes the steps of a `Batched` group; see `group.Steps`.
+    """Takes the steps of a `Batched`; see `run_batch.Steps`.
 
     Attributes:
       step: how many steps are done.
@@ -287,14 +287,14 @@ class BatchedStepper:
 
     def __init__(
         self,
-        group: Batched,
+        run_batch: Batched,
         dataset: data.DeviceData,
         put: Callable[[Any], jax.Array],
         seeds: np.ndarray,
         step: int,
     ) -> None:
         """Prepares for the steps after `step`; `put` places an array as the programs want it."""
-        self._group, self._dataset, self._put = group, dataset, put
+        self._run_batch, self._dataset, self._put = run_batch, dataset, put
         self._seeds, self._on_device = seeds, put(seeds)
         self.step, self.data_seconds = step, 0.0
         self._orders: tuple[int, jax.Array] | None = None
@@ -302,17 +302,17 @@ class BatchedStepper:
     def advance(
         self, state: BatchedState, count: int, stop: Callable[[], bool] = lambda: False
     ) -> tuple[BatchedState, list[dict[str, jax.Array]]]:
-        """As `group.Steps.advance`; metrics are (steps, methods, seeds)."""
-        group, end = self._group, self.step + count
+        """As `run_batch.Steps.advance`; metrics are (steps, methods, seeds)."""
+        run_batch, end = self._run_batch, self.step + count
         metrics: list[dict[str, jax.Array]] = []
         while self.step < end:
             place = self._place(self.step)
-            if group.is_topology_update(self.step):
-                program, taken = group.with_topology, 1
+            if run_batch.is_topology_update(self.step):
+                program, taken = run_batch.with_topology, 1
             elif self._ordinary(end):
-                program, taken = group.several, group.steps_per_call
+                program, taken = run_batch.several, run_batch.steps_per_call
             else:
-                program, taken = group.one, 1
+                program, taken = run_batch.one, 1
             state, measured = program(state, self._dataset.train, *place)
             self.step += taken
             metrics.append(measured)
@@ -323,9 +323,9 @@ class BatchedStepper:
 
     def _ordinary(self, end: int) -> bool:
         """Whether the steps of a whole loop are left, none of them a topology update."""
-        last = self.step + self._group.steps_per_call
+        last = self.step + self._run_batch.steps_per_call
         return last <= end and not any(
-            self._group.is_topology_update(step) for step in range(self.step, last)
+            self._run_batch.is_topology_update(step) for step in range(self.step, last)
         )
 
     def _place(self, step: int) -> tuple[Any, ...]:
@@ -337,8 +337,8 @@ class BatchedStepper:
         return self._orders[1], self._on_device, np.int32(epoch), np.int32(index)
 
     def last_batch(self) -> data.Split:
-        """As `group.Steps.last_batch`: (seeds, batch, ...)."""
-        batch: data.Split = self._group.take(self._dataset.train, *self._place(self.step - 1))
+        """As `run_batch.Steps.last_batch`: (seeds, batch, ...)."""
+        batch: data.Split = self._run_batch.take(self._dataset.train, *self._place(self.step - 1))
         return batch
 
     def close(self) -> None:
@@ -366,8 +366,8 @@ def _over_runs(function: Callable[..., Any], batch_per_seed: bool = True) -> Cal
         if batch_per_seed:
             batch = of_each_run(batch)
         mapped = jax.vmap(function, (0, 0) + (axis,) * len(batch))
-        found = mapped(merged(params), merged(batch_stats), *batch)
-        return jax.tree.map(lambda a: a.reshape(methods, seeds, *a.shape[1:]), found)
+        results = mapped(merged(params), merged(batch_stats), *batch)
+        return jax.tree.map(lambda a: a.reshape(methods, seeds, *a.shape[1:]), results)
 
     return over
 

@@ -185,17 +185,17 @@ class Checkpoints:
         self.wait()
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            problem, found = None, None
+            problem, restored = None, None
             try:
                 notes = self._notes(step)
                 check(notes)
-                found = Restored(step, self._arrays(step, arrays, notes["fingerprint"]), notes)
+                restored = Restored(step, self._arrays(step, arrays, notes["fingerprint"]), notes)
             except DamagedError as error:
                 problem = str(error)
             if distributed.all_succeeded(problem is None):
                 self._put_aside(damaged, step)
                 self._orbax.reload()
-                return found
+                return restored
             damaged[step] = problem or "another process cannot read it"
         if not damaged:
             return None
@@ -221,12 +221,12 @@ class Checkpoints:
 
     def _arrays(self, step: int, arrays: Any, expected: str) -> Any:
         try:
-            found = self._orbax.load_checkpointables(step, {"arrays": arrays})["arrays"]
+            loaded = self._orbax.load_checkpointables(step, {"arrays": arrays})["arrays"]
         except Exception as error:  # as above
             raise _damage(error) from error
-        if fingerprint(found) != expected:
+        if fingerprint(loaded) != expected:
             raise DamagedError("its arrays are not those that were saved")
-        return found
+        return loaded
 
     def _open(self) -> Any:
         return ocp.training.Checkpointer(

@@ -54,17 +54,17 @@ def _difference(
             if not (other / path).is_file():
                 return f"{other / path} is missing"
             differ = _lines_difference if name == "metrics.jsonl" else _result_difference
-            found = differ(one / path, other / path, str(path), counts)
-            if found:
-                return found
+            difference = differ(one / path, other / path, str(path), counts)
+            if difference:
+                return difference
     for run in runs:
         damaged = sorted((other / run / "damaged-checkpoints").glob("*"))
         if damaged:
             return f"{damaged[0]}: a checkpoint was put aside as damaged"
-        found = _fan_in_difference(one / run, other / run)
-        found = found or _checkpoint_difference(one / run, other / run, counts)
-        if found:
-            return found
+        difference = _fan_in_difference(one / run, other / run)
+        difference = difference or _checkpoint_difference(one / run, other / run, counts)
+        if difference:
+            return difference
     return None
 
 
@@ -84,15 +84,15 @@ def _json_difference(
                 continue
             if key not in one or key not in other:
                 return f"{name}: {key} is only in {'one' if key in one else 'the other'}"
-            found = _json_difference(one[key], other[key], f"{name}: {key}", counts)
-            if found:
-                return found
+            difference = _json_difference(one[key], other[key], f"{name}: {key}", counts)
+            if difference:
+                return difference
         return None
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for index, pair in enumerate(zip(one, other, strict=True)):
-            found = _json_difference(*pair, f"{name}[{index}]", counts)
-            if found:
-                return found
+            difference = _json_difference(*pair, f"{name}[{index}]", counts)
+            if difference:
+                return difference
         return None
     counts["values"] += 1
     return None if one == other else f"{name}: {one!r}, not {other!r}"
@@ -105,9 +105,9 @@ def _lines_difference(
     for index, pair in enumerate(zip(*lines, strict=False)):
         ours, theirs = map(json.loads, pair)
         uncounted: collections.Counter[str] = collections.Counter()
-        found = _json_difference(ours, theirs, f"{name} line {index + 1}", uncounted)
-        if found:
-            return found
+        difference = _json_difference(ours, theirs, f"{name} line {index + 1}", uncounted)
+        if difference:
+            return difference
     if len(lines[0]) != len(lines[1]):
         return f"{name}: {len(lines[0])} lines, not {len(lines[1])}"
     counts["lines"] += len(lines[0])

@@ -226,13 +226,13 @@ def lowerings(
     def training_step(index: int) -> Any:
         return programs.lower_step(*of(index), mesh)
 
-    found: list[tuple[str, int | None, Callable[[], Any]]] = []
+    entries: list[tuple[str, int | None, Callable[[], Any]]] = []
     if config.topology in ("set", "rigl"):
-        found.append(("topology update", None, lambda: programs.lower_topology_update(of(0)[1])))
+        entries.append(("topology update", None, lambda: programs.lower_topology_update(of(0)[1])))
     for index, size in enumerate(batch_sizes):
-        found.append(("evaluation", size, functools.partial(evaluation, index)))
-        found.append(("training step", size, functools.partial(training_step, index)))
-    return mesh, found
+        entries.append(("evaluation", size, functools.partial(evaluation, index)))
+        entries.append(("training step", size, functools.partial(training_step, index)))
+    return mesh, entries
 
 
 def compile_program(program: str, batch_size: int | None, lower: Callable[[], Any]) -> Compiled:
@@ -279,12 +279,12 @@ def as_row(compiled: Compiled) -> str:
     if compiled.error is not None:
         return f"{seconds:>9}  {compiled.error}"
     sizes = (compiled.arguments, compiled.temporaries, compiled.outputs, compiled.peak)
-    found = (compiled.collectives or {}).items()
+    collectives = (compiled.collectives or {}).items()
     return _row(
         seconds,
         *(f"{size / _MIB:.1f}" for size in sizes if size is not None),
         "?" if compiled.flops is None else f"{compiled.flops / 1e9:.1f}",
-        ", ".join(f"{c.count} {kind} ({_size(c.bytes)})" for kind, c in found) or "none",
+        ", ".join(f"{c.count} {kind} ({_size(c.bytes)})" for kind, c in collectives) or "none",
     )
 
 
@@ -360,13 +360,13 @@ def check(asked: _Asked) -> int:
         f" data={chips['data']} fsdp={chips['fsdp']} bn_groups={config.bn_groups}\n"
     )
     print(f"{'batch':<7}{'program':<15}{_row(*_COLUMNS)}\n{'':22}{_row(*_UNITS)}")
-    found = []
+    compiled_programs = []
     for program, batch_size, lower in todo:
         # The name at once: it takes minutes, and the compiler may end the process.
         name = f"{'any' if batch_size is None else batch_size:<7}{program:<15}"
         print(name, end="", flush=True)
-        found.append(compile_program(program, batch_size, lower))
-        print(as_row(found[-1]), flush=True)
+        compiled_programs.append(compile_program(program, batch_size, lower))
+        print(as_row(compiled_programs[-1]), flush=True)
     if asked.json is not None:
         environment = metrics.environment()
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -379,11 +379,11 @@ def check(asked: _Asked) -> int:
             "memory_gib_per_chip": memory,
             "mesh": chips,
             "config": dataclasses.asdict(config),
-            "programs": [dataclasses.asdict(compiled) for compiled in found],
+            "programs": [dataclasses.asdict(compiled) for compiled in compiled_programs],
             "environment": environment,
         }
         metrics.write_json(asked.json, record)
-    return 1 if any(compiled.error for compiled in found) else 0
+    return 1 if any(compiled.error for compiled in compiled_programs) else 0
 
 
 @tolerant_output()

@@ -121,7 +121,7 @@ def lock(hold: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator
         yield
 
 
-def whole(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """The arrays of a pytree as NumPy's, put together from all processes where that takes it."""
 
     def fetch(array: jax.Array) -> np.ndarray:

@@ -107,17 +107,17 @@ def compare(interval: int) -> dict[str, Any]:
     topology = sx.RigL(interval=interval, drop_fraction=0.3, end_step=max(25_000, interval))
     rows = []
     for published in PUBLISHED:
-        found = count(distribution(published))
-        products = [layer.sparse for layer in found.layers.values()]
-        of_dense = [layer.dense for layer in found.layers.values()]
+        counted = count(distribution(published))
+        products = [layer.sparse for layer in counted.layers.values()]
+        of_dense = [layer.dense for layer in counted.layers.values()]
         rows.append(
             {
                 "distribution": published.distribution,
                 "sparsity": published.sparsity,
-                "inference": found.sparse / found.dense,
+                "inference": counted.sparse / counted.dense,
                 "inference_products": sum(products) / sum(of_dense),
                 "inference_published": published.inference,
-                "training": found.training(topology) / found.training(),
+                "training": counted.training(topology) / counted.training(),
                 "training_published": published.training_5x / 5,
             }
         )
@@ -132,32 +132,33 @@ def compare(interval: int) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(comparison: dict[str, Any]) -> str:
     """The comparison as text, 80 columns wide."""
     lines = [
         f"{'ResNet-50 on 224x224, dense':<31}      all  conv, fc     RigL",
-        f"{'inference of one image':<31}{found['inference']:9.3e} "
-        f"{found['inference_products']:9.3e}  {found['inference_published']:.1e}",
-        f"{f'training, {STEPS} x {BATCH_SIZE} images':<31}{found['training']:9.3e}"
-        f"{'':12}{found['training_published']:.1e}",
+        f"{'inference of one image':<31}{comparison['inference']:9.3e} "
+        f"{comparison['inference_products']:9.3e}  {comparison['inference_published']:.1e}",
+        f"{f'training, {STEPS} x {BATCH_SIZE} images':<31}{comparison['training']:9.3e}"
+        f"{'':12}{comparison['training_published']:.1e}",
         "",
-        f"{'sparse over dense FLOPs':<25}inference{'':24}training, delta-T {found['interval']}",
+        f"{'sparse over dense FLOPs':<25}inference{'':24}training,"
+        f" delta-T {comparison['interval']}",
         "distribution  sparsity     all  conv, fc  RigL  difference         all   RigL",
     ]
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         difference = row["inference"] - row["inference_published"]
         lines.append(
             f"{row['distribution']:<12}  {row['sparsity']:<8g}   {row['inference']:.3f}"
             f"  {row['inference_products']:8.3f}  {row['inference_published']:.2f}"
             f"  {difference:+10.3f}       {row['training']:.3f}  {row['training_published']:.3f}"
         )
-    return "\n".join([*lines, "", verdict(found), CONVENTION])
+    return "\n".join([*lines, "", verdict(comparison), CONVENTION])
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(comparison: dict[str, Any]) -> str:
     """How far our numbers are from the published ones, in one line."""
-    worst = max(abs(row["inference"] - row["inference_published"]) for row in found["rows"])
-    off = found["inference"] / found["inference_published"] - 1
+    worst = max(abs(row["inference"] - row["inference_published"]) for row in comparison["rows"])
+    off = comparison["inference"] / comparison["inference_published"] - 1
     within = "within" if worst <= TOLERANCE else "NOT within"
     return (
         f"Dense: {off:+.2%} from RigL's. Largest difference of a factor: {worst:.4f}, "
@@ -180,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = output_file("--output", asked.output) if asked.output else None
     except ConfigError as error:
         parser.error(str(error))
-    found = compare(asked.interval)
-    print(table(found))
+    comparison = compare(asked.interval)
+    print(table(comparison))
     if output is not None:
         command = f"{parser.prog} --interval={asked.interval}"
-        record = {"command": command, "convention": CONVENTION} | found
+        record = {"command": command, "convention": CONVENTION} | comparison
         metrics.write_json(output, record | {"environment": metrics.environment()})
     return 0
 

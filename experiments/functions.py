@@ -20,7 +20,7 @@ from experiments import mesh as meshes
 from experiments.config import Config
 from sparseopt_jax.flops import flops as count_flops
 
-SEED = meshes.shaped((), jnp.int32)
+SEED = meshes.struct((), jnp.int32)
 """The shape of a seed."""
 
 
@@ -122,11 +122,11 @@ def model_functions(config: Config, dataset: data.Shapes) -> ModelFunctions:
     params, batch_stats = jax.eval_shape(init, SEED)
     shape = (config.batch_size, *dataset.image_shape)
     batch = data.Split(
-        meshes.shaped(shape, jnp.uint8, shared_out),
-        meshes.shaped(shape[:1], jnp.int32, shared_out),
+        meshes.struct(shape, jnp.uint8, shared_out),
+        meshes.struct(shape[:1], jnp.int32, shared_out),
     )
     params = meshes.abstract(params, meshes.param_shardings(mesh, params))
-    batch_stats = meshes.abstract(batch_stats, meshes.over(mesh))
+    batch_stats = meshes.abstract(batch_stats, meshes.replicated(mesh))
     return ModelFunctions(module, init, evaluate, (params, batch_stats), batch, layers)
 
 
@@ -271,11 +271,11 @@ def flops_per_example(
 
     def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
         variables = {"params": params, "batch_stats": batch_stats}
-        found: jax.Array = model.module.apply(variables, image, train=False)
-        return found
+        outputs: jax.Array = model.module.apply(variables, image, train=False)
+        return outputs
 
     params, batch_stats = model.weights
-    image = meshes.shaped((1, *dataset.image_shape), jnp.float32)
+    image = meshes.struct((1, *dataset.image_shape), jnp.float32)
     counted = count_flops(logits, params, masks, batch_stats, image)
     topology = None
     if config.topology != "dense":

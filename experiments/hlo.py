@@ -84,7 +84,7 @@ def collectives(text: str) -> dict[str, Collective]:
     operations, calls, entries = _parse(text)
     _one_entry(entries)
     runs = _runs(entries[0], calls)
-    found: dict[str, Collective] = {}
+    by_kind: dict[str, Collective] = {}
     in_pieces = {channel for name, _, _, channel in operations if name.startswith(_PIECE)}
     for kind in KINDS:
         pieces: dict[str, tuple[int, int]] = {}
@@ -97,10 +97,10 @@ def collectives(text: str) -> dict[str, Collective]:
                 counts.append((runs[name], size))
         counts += pieces.values()
         if any(times for times, _ in counts):
-            found[kind] = Collective(
+            by_kind[kind] = Collective(
                 sum(times for times, _ in counts), sum(times * size for times, size in counts)
             )
-    return found
+    return by_kind
 
 
 def _parse(
@@ -207,7 +207,7 @@ def bytes_moved(text: str) -> dict[str, int]:
 def _operations(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, opcode and what follows of each operation of the entry and of what it calls."""
     lines = text.splitlines()
-    headers = {n: found for n, line in enumerate(lines) if (found := _COMPUTATION.match(line))}
+    headers = {n: match for n, line in enumerate(lines) if (match := _COMPUTATION.match(line))}
     starts = {header[2]: number for number, header in headers.items()}
     entries = [header[2] for header in headers.values() if header[1]]
     _one_entry(entries)
@@ -228,7 +228,7 @@ def _operations(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _arrays(result: str) -> list[str]:
-    return [found[0] for found in _ARRAY.finditer(result)]
+    return [match[0] for match in _ARRAY.finditer(result)]
 
 
 def _one_entry(entries: Sequence[Any]) -> None:

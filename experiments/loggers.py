@@ -185,11 +185,11 @@ class _WandB:
 def _wandb_id(folder: pathlib.Path) -> str:
     """The id in the run's folder; a new one where there is none."""
     path = folder / "wandb_id"
-    found = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not found:
-        found = uuid.uuid4().hex
-        write_atomically(path, f"{found}\n".encode())
-    return found
+    run_id = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not run_id:
+        run_id = uuid.uuid4().hex
+        write_atomically(path, f"{run_id}\n".encode())
+    return run_id
 
 
 class Loggers:

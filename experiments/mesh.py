@@ -95,14 +95,14 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def over(mesh: Mesh, *spec: Any) -> NamedSharding:
-    """A sharding on `mesh`; without a spec it replicates."""
-    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+def replicated(mesh: Mesh) -> NamedSharding:
+    """That of an array which every device of `mesh` holds."""
+    return _sharding(mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """That of a batch: its examples are shared out over all devices."""
-    return over(mesh, AXES)
+    return _sharding(mesh, AXES)
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
@@ -124,7 +124,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         fitting = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
         if size > 1 and fitting and leaf.size >= _SMALLEST:
             spec[max(fitting, key=lambda axis: (leaf.shape[axis], axis))] = "fsdp"
-        return over(mesh, *spec)
+        return _sharding(mesh, *spec)
 
     return jax.tree.map(sharding, params)
 
@@ -132,18 +132,22 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes and dtypes of arrays, with shardings: a pytree of them, or one for all leaves."""
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda a: shaped(a.shape, a.dtype, shardings), tree)
-    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), tree, shardings)
+        return jax.tree.map(lambda a: struct(a.shape, a.dtype, shardings), tree)
+    return jax.tree.map(lambda a, s: struct(a.shape, a.dtype, s), tree, shardings)
 
 
-def shaped(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None = None) -> Any:
+def struct(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None = None) -> Any:
     """A `jax.ShapeDtypeStruct`, which stands for an array where only its shape matters."""
-    struct: Any = jax.ShapeDtypeStruct
-    return struct(shape, dtype, sharding=sharding)
+    make: Any = jax.ShapeDtypeStruct
+    return make(shape, dtype, sharding=sharding)
 
 
 def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """An array that every process holds, on all devices of the mesh."""
     make: Any = jax.make_array_from_process_local_data
-    made: jax.Array = make(over(mesh), array, array.shape)
+    made: jax.Array = make(replicated(mesh), array, array.shape)
     return made
+
+
+def _sharding(mesh: Mesh, *spec: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]

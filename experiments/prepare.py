@@ -333,12 +333,12 @@ def _alone(root: pathlib.Path, name: str) -> Iterator[None]:
 
 def _remove_unfinished(folder: pathlib.Path, downloads: pathlib.Path, say: Any = None) -> None:
     """Removes partial records, downloads and unpacked archives; complete ones are kept."""
-    found = [*folder.glob("incomplete.*"), *(downloads / "extracted").glob("incomplete.*")]
+    unfinished = [*folder.glob("incomplete.*"), *(downloads / "extracted").glob("incomplete.*")]
     partial = re.compile(r"\.tmp\.[0-9a-f]{32}$")
     # Not by a recursive glob, which fails where a download's thread removes a folder meanwhile.
     for parent, folders, _ in os.walk(downloads):
-        found += [pathlib.Path(parent, name) for name in folders if partial.search(name)]
-    for path in found:
+        unfinished += [pathlib.Path(parent, name) for name in folders if partial.search(name)]
+    for path in unfinished:
         if say:
             say(f"removing what an interrupted run left: {path}")
         shutil.rmtree(path, ignore_errors=True)

@@ -20,7 +20,7 @@ _IMAGENET = {
 
 def missing(builder: Any, manual: pathlib.Path) -> list[str]:
     """What has to be downloaded by hand, or installed, before `builder` can do its work."""
-    found = []
+    problems = []
     if builder.name == "imagenet2012":
         there = {name: (manual / name).is_file() for name in _IMAGENET}
         if not all(there.values()):
@@ -28,19 +28,19 @@ def missing(builder: Any, manual: pathlib.Path) -> list[str]:
                 f"  {name} ({size / 2**30:.3g} GB): {'there' if there[name] else 'missing'}"
                 for name, (_, _, size) in _IMAGENET.items()
             ]
-            found.append(
+            problems.append(
                 "imagenet2012 has to be downloaded by hand: register at https://image-net.org/ and"
                 f" put these two files into --manual_dir={manual}\n" + "\n".join(lines)
             )
     elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not (manual.is_dir() and any(manual.iterdir())):
         instructions = inspect.cleandoc(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
-        found.append(
+        problems.append(
             f"{builder.name} has to be downloaded by hand, into --manual_dir={manual}, where there"
             f" is nothing; tensorflow-datasets says:\n{instructions}"
         )
     if not prepare_errors.has_tensorflow():
-        found.append(f"{builder.name}: {prepare_errors.NO_TENSORFLOW}")
-    return found
+        problems.append(f"{builder.name}: {prepare_errors.NO_TENSORFLOW}")
+    return problems
 
 
 def check_imagenet(manual: pathlib.Path, root: pathlib.Path) -> None:

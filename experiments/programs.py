@@ -148,14 +148,14 @@ def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
 def lower_evaluate(functions: ModelFunctions, mesh: Mesh) -> Any:
     """The evaluation of one batch, ready to be compiled."""
     images, labels = functions.batch
-    weights = meshes.shaped(labels.shape, jnp.float32, meshes.batch_sharding(mesh))
-    jitted = jax.jit(functions.evaluate, out_shardings=meshes.over(mesh))
+    weights = meshes.struct(labels.shape, jnp.float32, meshes.batch_sharding(mesh))
+    jitted = jax.jit(functions.evaluate, out_shardings=meshes.replicated(mesh))
     return jitted.lower(*functions.weights, data.EvalBatch(images, labels, weights))
 
 
 def lower_step(model: ModelFunctions, method: MethodFunctions, mesh: Mesh) -> Any:
     """One training step, which uses the memory of its state again, ready to be compiled."""
-    out = shardings(method.state), meshes.over(mesh)
+    out = shardings(method.state), meshes.replicated(mesh)
     jitted = jax.jit(method.step, donate_argnums=0, out_shardings=out)
     return jitted.lower(method.state, *model.batch)
 
@@ -186,11 +186,11 @@ def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> 
     begin = time.monotonic()
     mesh = dataset.mesh
     functions = method_functions(config, dataset, model.functions)
-    state, whole = functions.state, meshes.over(mesh)
+    state, replicated = functions.state, meshes.replicated(mesh)
     measure = functions.measure
     if config.topology != "dense":
         masks = sx.get_masks(state.opt_state)
-        out = whole, whole, whole, shardings(masks)
+        out = replicated, replicated, replicated, shardings(masks)
         measure = compile_fast(mesh, measure, state.opt_state, masks, out_shardings=out)
     steps_per_call = choose_steps_per_call(config, dataset)
     return MethodPrograms(
@@ -203,7 +203,7 @@ def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> 
         steps_per_call=steps_per_call,
         measure=measure,
         diagnose=on_first_call(mesh, functions.diagnose),
-        sharpness=jax.jit(functions.sharpness, out_shardings=whole),
+        sharpness=jax.jit(functions.sharpness, out_shardings=replicated),
         learning_rate=functions.learning_rate,
         seconds=time.monotonic() - begin,
     )
@@ -229,10 +229,10 @@ def _compile_steps(dataset: data.Data, functions: MethodFunctions, steps_per_cal
         return jax.lax.scan(body, state, index + jnp.arange(steps_per_call))
 
     constrain: Any = jax.lax.with_sharding_constraint
-    whole, shared_out = meshes.over(dataset.mesh), meshes.batch_sharding(dataset.mesh)
-    split = meshes.abstract(dataset.train, whole)
-    order = meshes.shaped(split.labels.shape, jnp.int32, whole)
-    out = shardings(functions.state), whole
+    replicated, shared_out = meshes.replicated(dataset.mesh), meshes.batch_sharding(dataset.mesh)
+    split = meshes.abstract(dataset.train, replicated)
+    order = meshes.struct(split.labels.shape, jnp.int32, replicated)
+    out = shardings(functions.state), replicated
     jitted = jax.jit(steps, donate_argnums=0, out_shardings=out)
     return jitted.lower(functions.state, split, order, SEED, SEED, SEED).compile()
 
@@ -274,8 +274,8 @@ def on_first_call(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any
 
     def call(*arguments: Any) -> Any:
         if not compiled:
-            whole = meshes.over(mesh)
-            compiled.append(compile_fast(mesh, function, *arguments, out_shardings=whole))
+            replicated = meshes.replicated(mesh)
+            compiled.append(compile_fast(mesh, function, *arguments, out_shardings=replicated))
         return compiled[0](*arguments)
 
     return call

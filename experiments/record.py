@@ -15,7 +15,7 @@ import numpy as np
 import sparseopt_jax as sx
 from experiments import data, distributed, loggers, metrics
 from experiments.functions import ModelFunctions, flops_per_example
-from experiments.group import Measured, Member
+from experiments.run_batch import Measured, Member
 
 
 @dataclasses.dataclass
@@ -126,9 +126,9 @@ class Record:
         self._lines.write(line)
         self._loggers.write(line)
 
-    def measured(self, found: Measured) -> None:
+    def measured(self, values: Measured) -> None:
         """Takes note of what the masks are like now."""
-        self.place.active, self.place.mask_churn, self.place.itop_rate = found
+        self.place.active, self.place.mask_churn, self.place.itop_rate = values
 
     def density(self) -> float:
         """Active over maskable weights."""

@@ -68,12 +68,12 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     paired = {}
     for one, other in COMPARED:
         if one in groups and other in groups:
-            found = _paired(
+            comparison = _paired(
                 dict(zip(methods[one]["seeds"], values[one], strict=True)),
                 dict(zip(methods[other]["seeds"], values[other], strict=True)),
             )
-            if found["seeds"]:
-                paired[f"{one} - {other}"] = found
+            if comparison["seeds"]:
+                paired[f"{one} - {other}"] = comparison
     return {"methods": methods, "paired": paired}
 
 
@@ -104,8 +104,12 @@ def _paired(one: Mapping[int, Numbers], other: Mapping[int, Numbers]) -> dict[st
             {seed: value for seed, numbers in runs.items() if (value := numbers[name]) is not None}
             for runs in (one, other)
         )
-        found = compare(left, right)
-        row[name] = None if found is None else {"seeds": found[0]} | dataclasses.asdict(found[1])
+        comparison = compare(left, right)
+        row[name] = (
+            None
+            if comparison is None
+            else {"seeds": comparison[0]} | dataclasses.asdict(comparison[1])
+        )
     return row
 
 
@@ -152,13 +156,13 @@ def _summarize_settings(
 
 def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """All distinct values of each entry of the runs' environments, in the order of the runs."""
-    found: dict[str, list[Any]] = {}
+    environment: dict[str, list[Any]] = {}
     for run in runs:
         for name, value in run.result.get("environment", {}).items():
-            values = found.setdefault(name, [])
+            values = environment.setdefault(name, [])
             if value not in values:
                 values.append(value)
-    return found
+    return environment
 
 
 def report(folder: str | os.PathLike[str]) -> str:

@@ -162,8 +162,8 @@ def _record(asked: Request, runs: Mapping[str, Sequence[finished_runs.Run]]) -> 
             for run in finished_runs.diverged(asked.workdir / name)
             if (run["method"], run["seed"]) in of_config
         ]
-        found = {(run.result["method"], run.result["seed"]) for run in runs.get(name, ())}
-        finished = len(of_config & found)
+        done = {(run.result["method"], run.result["seed"]) for run in runs.get(name, ())}
+        finished = len(of_config & done)
         if finished + len(lost) < len(of_config):
             missing[name] = {"finished": finished, "of": len(of_config)}
         if lost:
@@ -262,15 +262,15 @@ def _measure(asked: Request) -> None:
     keep = asked.workdir / f"{asked.reproduction.name}-parts.json"
     measurement: Any = _MEASUREMENTS[asked.reproduction.shows]
     with distributed.lock(lambda: workdir.lock(asked.workdir)), kept_in(asked.workdir):
-        found = measurement.measure(setting.config, say=_say, keep=keep)
+        results = measurement.measure(setting.config, say=_say, keep=keep)
     if not distributed.is_main():
         return
     written = [
         asked.workdir / f"{asked.reproduction.name}{end}" for end in (".json", "-figure.png")
     ]
-    metrics.write_json(written[0], _header(asked) | {"found": found})
-    plots.save(measurement.figure(found), written[1])
-    print("\n" + measurement.table(found) + "\n\n" + "\n".join(map(str, written)), flush=True)
+    metrics.write_json(written[0], _header(asked) | {"found": results})
+    plots.save(measurement.figure(results), written[1])
+    print("\n" + measurement.table(results) + "\n\n" + "\n".join(map(str, written)), flush=True)
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,6 @@
 """One run, or several that train together: from the first step, or the last checkpoint, to the end.
 
-All that a group of runs needs to go on bit for bit is its arrays (its state, and the masks of the
+All that a run batch needs to go on bit for bit is its arrays (its state, and the masks of the
 last lines of the logs) and its `Position`; both are in every checkpoint. What is due at a step (a
 line of the log, an evaluation, a checkpoint) follows from the position, so a run that is stopped
 between two of them does the second one first when it goes on.
@@ -21,9 +21,9 @@ import numpy as np
 from experiments import data, distributed, divergence, metrics, workdir
 from experiments.checkpoint import Checkpoints, all_finite
 from experiments.config import Config, ConfigError
-from experiments.group import Group, Steps
 from experiments.progress import Progress
 from experiments.record import Place, Record
+from experiments.run_batch import RunBatch, Steps
 from experiments.stepping import bound_in_flight
 from experiments.stopping import StopRequests
 
@@ -37,7 +37,7 @@ class StoppedError(Exception):
 
 @dataclasses.dataclass
 class Position:
-    """Where a group of runs is, apart from its arrays; JSON values, for checkpoints.
+    """Where a run batch is, apart from its arrays; JSON values, for checkpoints.
 
     Attributes:
       step: steps done.
@@ -63,11 +63,11 @@ class Position:
 
 
 class Run:
-    """A group of runs; `train` is all there is to call."""
+    """A run batch in training; `train` is all there is to call."""
 
     def __init__(
         self,
-        group: Group,
+        run_batch: RunBatch,
         dataset: data.Data,
         folders: Sequence[pathlib.Path],
         checkpoints: pathlib.Path,
@@ -77,21 +77,21 @@ class Run:
         """Prepares a run; reads and writes nothing yet.
 
         Args:
-          group: what to train.
+          run_batch: what to train.
           dataset: what to train and to test on.
           folders: where metrics, fan-ins and result of each member go.
-          checkpoints: where the group's checkpoints go.
+          checkpoints: where the batch's checkpoints go.
           progress: told of every evaluation and logged step.
           stop: says when to stop.
         """
-        self._group, self._dataset, self._folder = group, dataset, checkpoints
+        self._run_batch, self._dataset, self._folder = run_batch, dataset, checkpoints
         self._progress, self._stop = progress, stop
-        self._config = group.members[0].config  # all agree in what is used here
-        functions = group.model.functions
-        name = checkpoints.parent.name if len(group.members) > 1 else None
+        self._config = run_batch.members[0].config  # all agree in what is used here
+        functions = run_batch.model.functions
+        name = checkpoints.parent.name if len(run_batch.members) > 1 else None
         self._records = [
             Record(member, folder, dataset, functions, name)
-            for member, folder in zip(group.members, folders, strict=True)
+            for member, folder in zip(run_batch.members, folders, strict=True)
         ]
         self._name = ", ".join(record.name for record in self._records)
         self._per_epoch = data.steps_per_epoch(self._config, dataset)
@@ -126,7 +126,9 @@ class Run:
             for record in self._records:
                 record.open(stack, self._at.step, self._say)
             stack.enter_context(self._stop.deferred())
-            stepper = stack.enter_context(contextlib.closing(self._group.stepper(self._at.step)))
+            stepper = stack.enter_context(
+                contextlib.closing(self._run_batch.stepper(self._at.step))
+            )
             self._since = time.monotonic()
             while True:
                 self._log_if_due(stepper)
@@ -157,22 +159,22 @@ class Run:
         return self._at.step, self._at.measured_step
 
     def _start(self) -> None:
-        self._state = self._group.start()
+        self._state = self._run_batch.start()
         for index, record in enumerate(self._records):
-            record.begin(self._group.masks_of(self._state, index))
-        self._masks: Any = self._group.masks(self._state)
+            record.begin(self._run_batch.masks_of(self._state, index))
+        self._masks: Any = self._run_batch.masks(self._state)
         self._measure()
 
     def _measure(self) -> None:
-        found, self._masks = self._group.measure(self._state, self._masks)
-        for record, measured in zip(self._records, found, strict=True):
+        of_members, self._masks = self._run_batch.measure(self._state, self._masks)
+        for record, measured in zip(self._records, of_members, strict=True):
             record.measured(measured)
 
     def _arrays(self) -> dict[str, Any]:
         return {"state": self._state, "logged_masks": self._masks}
 
     def _shapes(self) -> dict[str, Any]:
-        return {"state": self._group.shapes, "logged_masks": self._group.mask_shapes}
+        return {"state": self._run_batch.shapes, "logged_masks": self._run_batch.mask_shapes}
 
     def _restore(self) -> bool:
         """Goes on from the newest good checkpoint; False where there is none."""
@@ -187,11 +189,11 @@ class Run:
                     " it with that commit, or give another --workdir"
                 )
 
-        found = self._checkpoints.restore(self._shapes(), check)
-        if found is None:
+        restored = self._checkpoints.restore(self._shapes(), check)
+        if restored is None:
             return False
-        self._state, self._masks = found.arrays["state"], found.arrays["logged_masks"]
-        at = self._at = Position(**found.notes["position"])
+        self._state, self._masks = restored.arrays["state"], restored.arrays["logged_masks"]
+        at = self._at = Position(**restored.notes["position"])
         for record, place in zip(self._records, at.places, strict=True):
             record.place = Place(**place)
         self._pending = [
@@ -247,7 +249,7 @@ class Run:
         elapsed, steps = time.monotonic() - self._since, at.step - at.logged_step
         runs = len(self._records)
         shared = {
-            "learning_rate": self._group.learning_rate(at.step - 1),
+            "learning_rate": self._run_batch.learning_rate(at.step - 1),
             "examples_per_second": runs * steps * config.batch_size / elapsed,
             "step_seconds": elapsed / steps,
             "data_wait_seconds": (stepper.data_seconds - self._data_seconds) / steps,
@@ -294,8 +296,8 @@ class Run:
         else:
             self._state = kept.arrays["state"]
         first = kept.step if kept else 0
-        with contextlib.closing(self._group.stepper(first)) as stepper:
-            began = self._group.locate(stepper, self._state, step)
+        with contextlib.closing(self._run_batch.stepper(first)) as stepper:
+            began = self._run_batch.locate(stepper, self._state, step)
         keeps = (
             f"the checkpoint of step {first} is finite" if kept else "there is no checkpoint yet"
         )
@@ -316,7 +318,7 @@ class Run:
         paused, epoch = time.monotonic(), self._epoch()
         if between or epoch % config.eval_every == 0 or last:
             with self._progress.doing("evaluating"):
-                tests = evaluate(self._group, self._state, self._dataset, self._stop)
+                tests = evaluate(self._run_batch, self._state, self._dataset, self._stop)
             if tests is None:
                 return False
             at.test_step = at.step
@@ -325,18 +327,18 @@ class Run:
             self._write("eval", tests)
             self._show_test()
             self._progress.update(at.step, epoch, self._shown)
-        found: list[dict[str, Any]] = [{} for _ in self._records]
+        diagnostics: list[dict[str, Any]] = [{} for _ in self._records]
         measures: tuple[tuple[int, Callable[..., Any]], ...] = (
-            (config.diagnostics_every, self._group.diagnose),
-            (config.hessian_every, self._group.sharpness),
+            (config.diagnostics_every, self._run_batch.diagnose),
+            (config.hessian_every, self._run_batch.sharpness),
         )
         for every, measure in measures:
             if every and end_of_epoch and (epoch % every == 0 or last):
                 with self._progress.doing("measuring"):  # and compiling, the first time
                     measured = measure(self._state, stepper.last_batch())
-                found = [one | more for one, more in zip(found, measured, strict=True)]
-        if found[0]:
-            self._write("diagnostics", found)
+                diagnostics = [one | more for one, more in zip(diagnostics, measured, strict=True)]
+        if diagnostics[0]:
+            self._write("diagnostics", diagnostics)
         at.measured_step = at.step
         self._since += time.monotonic() - paused  # neither is training time
         return True
@@ -380,7 +382,7 @@ class Run:
     def _not_finite(self) -> int:
         """The first run with a parameter that is not finite; 0 where it is in the statistics."""
         for index in range(len(self._records)):
-            params = self._group.params_of(self._state, index)
+            params = self._run_batch.params_of(self._state, index)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
                 return index
         return 0
@@ -389,11 +391,11 @@ class Run:
         runs = len(self._records)
         for index, record in enumerate(self._records):
             record.finish(
-                self._group.params_of(self._state, index),
-                self._group.masks_of(self._state, index),
+                self._run_batch.params_of(self._state, index),
+                self._run_batch.masks_of(self._state, index),
                 self._at.step,
                 self._at.training_seconds / runs,
-                self._group.seconds / runs,
+                self._run_batch.seconds / runs,
             )
 
 
@@ -404,12 +406,12 @@ def total_steps(config: Config, dataset: data.Data) -> int:
 
 
 def evaluate(
-    group: Group, state: Any, dataset: data.Data, stop: StopRequests
+    run_batch: RunBatch, state: Any, dataset: data.Data, stop: StopRequests
 ) -> list[dict[str, float]] | None:
     """Accuracy and mean loss over all test examples, each counted once; None when stopped.
 
     Args:
-      group: the runs.
+      run_batch: the runs.
       state: their state.
       dataset: has the test examples.
       stop: asked before each batch.
@@ -421,7 +423,7 @@ def evaluate(
     for batch in dataset.eval_batches():
         if stop.noted():
             return None
-        sums.append(group.evaluate(state, batch))
+        sums.append(run_batch.evaluate(state, batch))
         bound_in_flight(sums)
     fetched = jax.device_get(sums)
     # (batches, runs), added up in float64.

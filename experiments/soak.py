@@ -422,18 +422,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     places = collections.Counter(kill.where for kill in outcome.kills)
-    found = outcome.comparison
+    comparison = outcome.comparison
     print(
         f"\n{len(outcome.kills)} kills: {places['start-up']} in start-up, {places['step']} between"
         f" checkpoints, {places['save']} during a save, {places['end']} after the last step"
     )
-    if found.difference is not None:
-        print(f"DIFFERENT from the undisturbed run: {found.difference}")
+    if comparison.difference is not None:
+        print(f"DIFFERENT from the undisturbed run: {comparison.difference}")
         return 1
     print(
-        f"equal to the undisturbed run, bit for bit: {found.values} values of results,"
-        f" {found.lines} lines of metrics, {found.arrays} arrays of checkpoints ({found.bytes:,}"
-        " bytes)"
+        f"equal to the undisturbed run, bit for bit: {comparison.values} values of results,"
+        f" {comparison.lines} lines of metrics, {comparison.arrays} arrays of checkpoints"
+        f" ({comparison.bytes:,} bytes)"
     )
     return 0
 

@@ -94,8 +94,8 @@ class Stepper:
         self._last = next(self._batches)
         self.data_seconds += time.monotonic() - begin
         self.step += 1
-        found: tuple[State, dict[str, jax.Array]] = self._programs.step(state, *self._last)
-        return found
+        stepped: tuple[State, dict[str, jax.Array]] = self._programs.step(state, *self._last)
+        return stepped
 
     def _loop(self, state: State) -> tuple[State, dict[str, jax.Array]]:
         dataset = self._data

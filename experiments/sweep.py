@@ -19,10 +19,10 @@ from typing import Any
 from experiments import data, distributed, metrics, train, workdir
 from experiments.config import Config, ConfigError
 from experiments.divergence import DivergedError
-from experiments.group import Member
 from experiments.programs import kept_in
 from experiments.progress import Progress
 from experiments.run import total_steps
+from experiments.run_batch import Member
 from experiments.stopping import StopRequests
 
 _OF_DATA = (

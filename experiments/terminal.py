@@ -64,5 +64,5 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    found = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
-    return "".join(found), error.end
+    characters = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(characters), error.end

@@ -37,7 +37,6 @@ from experiments.batched import Batched
 from experiments.checkpoint import CheckpointError
 from experiments.config import Config, ConfigError
 from experiments.divergence import DivergedError
-from experiments.group import Group, Member, Single
 from experiments.programs import (
     MethodPrograms,
     ModelPrograms,
@@ -49,6 +48,7 @@ from experiments.programs import (
 )
 from experiments.progress import Progress
 from experiments.run import Run, StoppedError, total_steps
+from experiments.run_batch import Member, RunBatch, Single
 from experiments.stopping import StopRequests
 from experiments.terminal import tolerant_output
 
@@ -172,41 +172,41 @@ def train_missing(
     steps = total_steps(config, dataset)
     epochs = -(-steps // data.steps_per_epoch(config, dataset))  # `steps` may cut them short
 
-    def compiled(groups: Groups) -> Groups:
+    def compiled(run_batches: RunBatches) -> RunBatches:
         methods = [m for m in config.methods() if any(m == method for method, _ in todo)]
         what, printed = f"{prefix}compiling {', '.join(methods)}, once for all seeds", True
         while True:
             with progress.doing(what, printed):
-                found = next(groups, None)
-            if found is None:
+                following = next(run_batches, None)
+            if following is None:
                 return
-            yield found
+            yield following
             printed = False
-            del found  # before the next one is compiled
+            del following  # before the next one is compiled
 
-    def train_all(groups: Groups) -> None:
-        for group, checkpoints in compiled(groups):
-            folders = [workdir.run_folder(folder, m.method, m.seed) for m in group.members]
+    def train_all(run_batches: RunBatches) -> None:
+        for run_batch, checkpoints in compiled(run_batches):
+            folders = [workdir.run_folder(folder, m.method, m.seed) for m in run_batch.members]
             left = sum(not (path / "result.json").is_file() for path in folders)
-            run = Run(group, dataset, folders, checkpoints, progress, stop)
+            run = Run(run_batch, dataset, folders, checkpoints, progress, stop)
             try:
-                with progress.running(prefix + name_of(group), steps, epochs, left):
+                with progress.running(prefix + name_of(run_batch), steps, epochs, left):
                     run.train()
             except DivergedError as error:
                 if diverged is None:
                     raise
-                if len(group.members) > 1:
+                if len(run_batch.members) > 1:
                     (checkpoints.parent / "runs.json").unlink(missing_ok=True)  # it is given up
-                    members = {(member.method, member.seed) for member in group.members}
+                    members = {(member.method, member.seed) for member in run_batch.members}
                     runs = [run for run in workdir.missing(config, folder) if run in members]
                     progress.console.print(f"{error}\none by one, then:", markup=False)
-                    train_all(_singles(config, folder, runs, dataset, group.model))
+                    train_all(_singles(config, folder, runs, dataset, run_batch.model))
                 else:
                     progress.skipped(1, steps)
-                    diverged(group.members[0], error)
+                    diverged(run_batch.members[0], error)
             if main:
                 workdir.merge_metrics(folder)
-            del group, run  # before the next one is compiled
+            del run_batch, run  # before the next one is compiled
             gc.collect()
 
     if todo:
@@ -236,15 +236,15 @@ def batches_runs(config: Config, dataset: data.Data | data.Facts) -> bool:
     return fits and small and len(config.runs()) > 1 and not on_cpu(dataset.mesh)
 
 
-def name_of(group: Group) -> str:
-    """Methods and seeds of a group, in words."""
-    methods = list(dict.fromkeys(member.method for member in group.members))
-    seeds = list(dict.fromkeys(str(member.seed) for member in group.members))
+def name_of(run_batch: RunBatch) -> str:
+    """Methods and seeds of a run batch, in words."""
+    methods = list(dict.fromkeys(member.method for member in run_batch.members))
+    seeds = list(dict.fromkeys(str(member.seed) for member in run_batch.members))
     return f"{', '.join(methods)} seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
 
 
-Groups = Iterator[tuple[Group, pathlib.Path]]
-"""Groups, and where the checkpoints of each go."""
+RunBatches = Iterator[tuple[RunBatch, pathlib.Path]]
+"""Run batches, and where the checkpoints of each go."""
 
 
 def _singles(
@@ -253,15 +253,15 @@ def _singles(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
-) -> Groups:
+) -> RunBatches:
     programs = _compile_methods(
         {m: config.for_method(m) for m in config.methods() if any(m == n for n, _ in todo)},
         lambda method_config: compile_method(method_config, dataset, model),
     )
     for method, seed in todo:
         member = Member(config.for_method(method), seed)
-        group = Single(member, model, programs[method], dataset)
-        yield group, workdir.run_folder(folder, method, seed) / "checkpoints"
+        run_batch = Single(member, model, programs[method], dataset)
+        yield run_batch, workdir.run_folder(folder, method, seed) / "checkpoints"
 
 
 def _batched(
@@ -270,7 +270,7 @@ def _batched(
     todo: Sequence[tuple[str, int]],
     dataset: data.Data,
     model: ModelPrograms,
-) -> Groups:
+) -> RunBatches:
     assert isinstance(dataset, data.DeviceData)
     for own_folder, runs in workdir.together(config, folder, todo):
         own_folder.mkdir(parents=True, exist_ok=True)

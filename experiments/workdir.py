@@ -172,12 +172,12 @@ def missing(config: Config, folder: pathlib.Path) -> list[tuple[str, int]]:
 
 def diverged(config: Config, folder: pathlib.Path) -> dict[tuple[str, int], str]:
     """Those runs of a config that diverged in a sweep, and what was said of each."""
-    found = {}
+    messages = {}
     for run in missing(config, folder):
         path = run_folder(folder, *run) / "diverged.json"
         if path.is_file():
-            found[run] = metrics.read_json(path)["message"]
-    return found
+            messages[run] = metrics.read_json(path)["message"]
+    return messages
 
 
 def write_diverged(folder: pathlib.Path, method: str, seed: int, message: str) -> None:

@@ -69,7 +69,7 @@ def numbers(batches):
 
 @functools.cache
 def patterned(count=23):
-    """Images whose boxes and flips all give different pixels."""
+    """Images whose crops and flips all give different pixels."""
     rng = np.random.default_rng(0)
     return [
         png(rng.integers(0, 256, (12 + index % 7, 30 - index % 5, 3), dtype=np.uint8))

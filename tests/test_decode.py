@@ -42,20 +42,20 @@ def solid(mode, colour):
     return Image.new(mode, (24, 16), colour)
 
 
-def pillow_box(encoded, box, size, scale):
+def pillow_crop(encoded, crop, size, scale):
     """The oracle: Pillow's scaled decoding, crop, and bilinear affine map without antialiasing."""
     image = Image.open(io.BytesIO(encoded))
     width, height = image.size
     image.draft("RGB", (width // scale, height // scale))
     assert image.size == (math.ceil(width / scale), math.ceil(height / scale))
-    top, left, rows, columns = box
+    top, left, rows, columns = crop
     rows, columns = math.floor(rows / scale + 0.5), math.floor(columns / scale + 0.5)
     left = min(math.floor(left / scale + 0.5), image.width - columns)
     top = min(math.floor(top / scale + 0.5), image.height - rows)
-    crop = image.convert("RGB").crop((left, top, left + columns, top + rows))
+    cut = image.convert("RGB").crop((left, top, left + columns, top + rows))
     affine = (columns / size, 0, 0, 0, rows / size, 0)
     return np.asarray(
-        crop.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        cut.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     )
 
 
@@ -97,7 +97,7 @@ def test_grayscale_is_repeated_over_the_channels():
 
 
 @pytest.mark.parametrize(
-    ("box", "size", "scale"),
+    ("crop", "size", "scale"),
     [
         ((0, 0, 187, 250), 48, 2),  # 4 would leave 47 rows, one too few
         ((0, 0, 187, 250), 46, 4),
@@ -110,31 +110,31 @@ def test_grayscale_is_repeated_over_the_channels():
         ((3, 4, 50, 50), 50, 1),
     ],
 )
-def test_a_box_is_decoded_at_the_resolution_it_needs(box, size, scale):
-    pixels = decode.decode_box(PHOTO_JPEG, box, size)
-    assert largest_difference(pixels, pillow_box(PHOTO_JPEG, box, size, scale)) <= TOLERANCE
+def test_a_crop_is_decoded_at_the_resolution_it_needs(crop, size, scale):
+    pixels = decode.decode_crop(PHOTO_JPEG, crop, size)
+    assert largest_difference(pixels, pillow_crop(PHOTO_JPEG, crop, size, scale)) <= TOLERANCE
     for other in {1, 2, 4, 8} - {scale}:
-        if min(box[2:]) >= other:
-            other_pixels = pillow_box(PHOTO_JPEG, box, size, other)
+        if min(crop[2:]) >= other:
+            other_pixels = pillow_crop(PHOTO_JPEG, crop, size, other)
             assert largest_difference(pixels, other_pixels) > 5 * TOLERANCE
 
 
 @given(data=st.data(), size=st.integers(8, 64))
-def test_any_box_has_the_pixels_of_pillow(data, size):
+def test_any_crop_has_the_pixels_of_pillow(data, size):
     top, left = data.draw(st.integers(0, 186)), data.draw(st.integers(0, 249))
     height, width = data.draw(st.integers(1, 187 - top)), data.draw(st.integers(1, 250 - left))
-    box = (top, left, height, width)
+    crop = (top, left, height, width)
     scale = max(s for s in (1, 2, 4, 8) if s == 1 or min(height / s, width / s) >= size)
-    pixels = decode.decode_box(PHOTO_JPEG, np.array(box, np.int32), size)
-    assert largest_difference(pixels, pillow_box(PHOTO_JPEG, box, size, scale)) <= TOLERANCE
+    pixels = decode.decode_crop(PHOTO_JPEG, np.array(crop, np.int32), size)
+    assert largest_difference(pixels, pillow_crop(PHOTO_JPEG, crop, size, scale)) <= TOLERANCE
 
 
 def test_flip_and_out():
-    box = (10, 20, 60, 90)
-    plain = decode.decode_box(PHOTO_JPEG, box, 32)
+    crop = (10, 20, 60, 90)
+    plain = decode.decode_crop(PHOTO_JPEG, crop, 32)
     out = np.zeros((3, 32, 32, 3), np.uint8)
-    decode.decode_box(PHOTO_JPEG, box, 32, out=out[0])
-    decode.decode_box(PHOTO_JPEG, box, 32, flip=True, out=out[2])
+    decode.decode_crop(PHOTO_JPEG, crop, 32, out=out[0])
+    decode.decode_crop(PHOTO_JPEG, crop, 32, flip=True, out=out[2])
     np.testing.assert_array_equal(out[0], plain)
     np.testing.assert_array_equal(out[1], 0)
     np.testing.assert_array_equal(out[2], plain[:, ::-1])
@@ -143,16 +143,16 @@ def test_flip_and_out():
 def test_other_formats_are_reduced_by_averaging():
     pixels = textured(64, 96)
     expected = pixels.reshape(16, 4, 24, 4, 3).mean(axis=(1, 3))[2:14, 5:17]
-    found = decode.decode_box(encode(pixels, "PNG"), (8, 20, 48, 48), 12)
+    found = decode.decode_crop(encode(pixels, "PNG"), (8, 20, 48, 48), 12)
     np.testing.assert_allclose(found, expected, atol=0.51)
 
 
 @pytest.mark.parametrize(
-    "box", [(0, 0, 188, 250), (0, 0, 187, 251), (187, 0, 1, 1), (-1, 0, 9, 9), (0, 0, 0, 9)]
+    "crop", [(0, 0, 188, 250), (0, 0, 187, 251), (187, 0, 1, 1), (-1, 0, 9, 9), (0, 0, 0, 9)]
 )
-def test_a_box_outside_the_image_is_refused(box):
-    with pytest.raises(ValueError, match=r"box=\(.* does not lie inside the image"):
-        decode.decode_box(PHOTO_JPEG, box, 224)
+def test_a_crop_outside_the_image_is_refused(crop):
+    with pytest.raises(ValueError, match=r"crop=\(.* does not lie inside the image"):
+        decode.decode_crop(PHOTO_JPEG, crop, 224)
 
 
 # Ink 200, 40, 100 and 30 of 255 leaves (255 - ink) * (255 - 30) / 255 of the light.
@@ -191,8 +191,8 @@ def test_cmyk_is_converted_to_rgb(kind):
     pixels = decode.decode(encoded)
     assert decode.image_size(encoded) == (16, 24)
     np.testing.assert_allclose(pixels, np.broadcast_to(INK_RGB, (16, 24, 3)), atol=2)
-    box = decode.decode_box(encoded, (2, 2, 12, 12), 6)
-    np.testing.assert_allclose(box, np.broadcast_to(INK_RGB, (6, 6, 3)), atol=2)
+    crop = decode.decode_crop(encoded, (2, 2, 12, 12), 6)
+    np.testing.assert_allclose(crop, np.broadcast_to(INK_RGB, (6, 6, 3)), atol=2)
 
 
 def palette_image():
@@ -231,8 +231,8 @@ def test_other_formats_decode_to_rgb_whatever_their_file_is_called(encoded, colo
     pixels = decode.decode(encoded)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.uint8(colour), (16, 24, 3)))
-    box = decode.decode_box(encoded, (0, 0, 10, 10), 20)
-    np.testing.assert_array_equal(box, np.broadcast_to(np.uint8(colour), (20, 20, 3)))
+    crop = decode.decode_crop(encoded, (0, 0, 10, 10), 20)
+    np.testing.assert_array_equal(crop, np.broadcast_to(np.uint8(colour), (20, 20, 3)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -315,7 +315,7 @@ def test_damaged_images_are_refused(encoded, message):
     with pytest.raises(CorruptImageError, match=message):
         decode.decode(encoded)
     with pytest.raises(CorruptImageError, match=message):
-        decode.decode_box(encoded, (0, 0, 4, 4), 4)
+        decode.decode_crop(encoded, (0, 0, 4, 4), 4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(9460, 9460), (60000, 65000)])

@@ -150,8 +150,8 @@ def check(encoded, expected):
         assert pixels.dtype == np.uint8
         np.testing.assert_array_equal(pixels, expected)
     side = min(expected.shape[:2])
-    box = decode.decode_box(encoded, (0, 0, side, side), side)
-    np.testing.assert_array_equal(box, expected[:side, :side])
+    crop = decode.decode_crop(encoded, (0, 0, side, side), side)
+    np.testing.assert_array_equal(crop, expected[:side, :side])
 
 
 def test_avif():

@@ -60,11 +60,11 @@ def test_orders_are_uniform_and_those_of_seeds_unrelated():
     assert chi_square < 126  # 81 degrees of freedom, probability 0.001
 
 
-def test_order_and_boxes_are_those_that_earlier_runs_had():
+def test_order_and_crops_are_those_that_earlier_runs_had():
     """A change here would continue earlier runs with other data."""
     np.testing.assert_array_equal(chunks.epoch_order(8, 1, 2), [5, 3, 6, 0, 1, 4, 2, 7])
-    boxes, flips = decode.random_boxes(1, 2, [375, 375], [500, 500])
-    np.testing.assert_array_equal(boxes, [[3, 20, 370, 463], [11, 117, 330, 276]])
+    crops, flips = decode.random_crops(1, 2, [375, 375], [500, 500])
+    np.testing.assert_array_equal(crops, [[3, 20, 370, 463], [11, 117, 330, 276]])
     np.testing.assert_array_equal(flips, [True, False])
 
 
@@ -113,7 +113,7 @@ def test_large_batches_are_joined_from_chunks():
     np.testing.assert_array_equal(np.sort(found, axis=1), np.tile(np.arange(30), (5, 1)))
 
 
-def test_boxes_and_flips_are_those_of_the_position():
+def test_crops_and_flips_are_those_of_the_position():
     source = MemorySource(patterned())
     batches = list(train(source, last_step=4))
     images = np.concatenate([batch.images for batch in batches])
@@ -124,8 +124,8 @@ def test_boxes_and_flips_are_those_of_the_position():
                 break
             encoded = source.images[index]
             height, width = decode.image_size(encoded)
-            boxes, flips = decode.random_boxes(3, position, [height], [width])
-            expected = decode.decode_box(encoded, boxes[0], SIZE)
+            crops, flips = decode.random_crops(3, position, [height], [width])
+            expected = decode.decode_crop(encoded, crops[0], SIZE)
             expected = expected[:, ::-1] if flips[0] else expected
             np.testing.assert_array_equal(images[position], expected)
             position += 1
@@ -137,7 +137,7 @@ def test_without_random_crops_the_central_square_is_taken():
     for batch in train(source, last_step=4, random_crop=False):
         for image, label in zip(batch.images, batch.labels, strict=True):
             candidates = [
-                decode.decode_box(encoded, decode.central_box(*decode.image_size(encoded)), SIZE)
+                decode.decode_crop(encoded, decode.central_crop(*decode.image_size(encoded)), SIZE)
                 for encoded in source.images[label::5]
             ]
             assert any(np.array_equal(image, candidate) for candidate in candidates)
@@ -200,8 +200,8 @@ def test_evaluation_takes_the_central_square():
         batches = streaming.eval_batches(source, batch_size=23, image_size=SIZE, ratio=ratio)
         (batch,) = batches
         for image, encoded in zip(batch.images, source.images, strict=True):
-            box = decode.central_box(*decode.image_size(encoded), ratio)
-            np.testing.assert_array_equal(image, decode.decode_box(encoded, box, SIZE))
+            crop = decode.central_crop(*decode.image_size(encoded), ratio)
+            np.testing.assert_array_equal(image, decode.decode_crop(encoded, crop, SIZE))
 
 
 @pytest.mark.parametrize(

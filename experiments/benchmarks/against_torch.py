@@ -125,7 +125,7 @@ def _resnet20(case: Case) -> Callable[[int], Any]:
     from experiments.batched import Batched
     from experiments.data import DeviceData, on_device
     from experiments.data.corrupt import CorruptExamples
-    from experiments.group import Group, Member, Single
+    from experiments.run_batch import Member, RunBatch, Single
 
     config, rng = _config(case), np.random.default_rng(0)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
@@ -136,14 +136,16 @@ def _resnet20(case: Case) -> Callable[[int], Any]:
     )
     model = programs.compile_model(config, dataset)
     members = [Member(config, seed) for seed in range(case["seeds"])]
-    group: Group
+    run_batch: RunBatch
     if len(members) == 1:
         compiled = programs.compile_method(config, dataset, model)
-        group = Single(members[0], model, compiled, dataset)
+        run_batch = Single(members[0], model, compiled, dataset)
     else:
-        group = Batched(members, model, dataset, programs.choose_steps_per_call(config, dataset))
-    stepper = group.stepper(0)
-    state: Any = group.start()
+        run_batch = Batched(
+            members, model, dataset, programs.choose_steps_per_call(config, dataset)
+        )
+    stepper = run_batch.stepper(0)
+    state: Any = run_batch.start()
 
     def run(steps: int) -> Any:
         nonlocal state
@@ -200,7 +202,7 @@ def compare(
       For each of our methods the medians of images per second, theirs at the time, and the ratio.
     """
     theirs = best_batch(sides["torch"], cases[0], asked.steps)
-    found: dict[str, Any] = {}
+    comparisons: dict[str, Any] = {}
     for of_method in cases[1:]:
         ours = best_batch(sides["jax"], of_method, asked.steps)
         rates: dict[str, list[float]] = {"torch": [], "jax": []}
@@ -210,15 +212,15 @@ def compare(
                 rates[name].append(asked.steps * case["batch_size"] * case["seeds"] / seconds)
         sides["jax"]("drop")
         key = ours["method"] + ("" if ours["seeds"] == 1 else f"_{ours['seeds']}_seeds")
-        found[key] = {
+        comparisons[key] = {
             "case": ours,
             "torch_case": theirs,
             "images_per_second": statistics.median(rates["jax"]),
             "torch_images_per_second": statistics.median(rates["torch"]),
             "ratio": measuring.median_ratio(rates["jax"], rates["torch"]),
         }
-        print(f"{_name(ours)} over {_name(theirs)}: {found[key]['ratio']:.2f}", flush=True)
-    return found
+        print(f"{_name(ours)} over {_name(theirs)}: {comparisons[key]['ratio']:.2f}", flush=True)
+    return comparisons
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Any]:
@@ -276,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sizes["torch"] != sizes["jax"]:
             raise RuntimeError(f"the models have different numbers of parameters: {sizes}")
         environments = {name: side("environment") for name, side in sides.items()}
-        found = compare(sides, cases, asked)
+        comparisons = compare(sides, cases, asked)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peak = asked.peak_tflops * 1e12 if asked.peak_tflops else known
     for side in sides.values():
         side.close()
-    for name, row in found.items():
+    for name, row in comparisons.items():
         rate, theirs = row["images_per_second"], row["torch_images_per_second"]
         text = f"{name:>16}: {rate:10.1f} images/s, PyTorch {theirs:10.1f}: {row['ratio']:.2f}"
         if asked.model == "resnet20":
@@ -300,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             text += f"; utilisation {row['utilisation']:.1%}, {row['torch_utilisation']:.1%}"
         print(text)
-    measuring.append(asked, parser, argv, {"methods": found, "environments": environments})
+    measuring.append(asked, parser, argv, {"methods": comparisons, "environments": environments})
     return 0
 
 

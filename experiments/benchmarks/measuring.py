@@ -182,7 +182,7 @@ def placed(shapes: Any, sharding: Any) -> Any:
     """Shapes with a sharding; None: as they are."""
     if sharding is None:
         return shapes
-    return jax.tree.map(lambda leaf: meshes.shaped(leaf.shape, leaf.dtype, sharding), shapes)
+    return jax.tree.map(lambda leaf: meshes.struct(leaf.shape, leaf.dtype, sharding), shapes)
 
 
 def size(tree: Any) -> int:

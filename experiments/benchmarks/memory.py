@@ -68,7 +68,7 @@ def checkpoint_bytes(config: Config, folder: pathlib.Path) -> int:
     with Checkpoints(folder, keep_last=1, keep_best=False) as checkpoints:
         checkpoints.save(1, updated, {})
         checkpoints.wait()
-        shapes = jax.tree.map(lambda x: meshes.shaped(x.shape, x.dtype, x.sharding), updated)
+        shapes = jax.tree.map(lambda x: meshes.struct(x.shape, x.dtype, x.sharding), updated)
         restored = checkpoints.restore(shapes)
     assert restored is not None  # it was written a moment ago
     jax.tree.map(np.testing.assert_array_equal, restored.arrays, updated)

@@ -62,17 +62,17 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: something there is no JSON object; it names the file and the line.
     """
-    found = []
+    results = []
     for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.jsonl"))]:
         text = path.read_text(encoding="utf-8")
         for number, part in enumerate([text] if path.suffix == ".json" else text.splitlines(), 1):
             try:
-                found.append(dict(json.loads(part)))
+                results.append(dict(json.loads(part)))
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path.name}, line {number}, is no JSON object: {error}"
                 ) from error
-    return found
+    return results
 
 
 def shows(row: Row, result: Mapping[str, Any]) -> bool:

@@ -56,11 +56,11 @@ PUBLISHED: Mapping[str, Published] = {
 """From Google Cloud's pages on TPU v5e and v5p, which give both directions: 400 and 1200 GB/s."""
 
 
-def wire_bytes(found: Mapping[str, hlo.Collective], devices: int) -> float:
+def wire_bytes(collectives: Mapping[str, hlo.Collective], devices: int) -> float:
     """Bytes that a chip sends for collectives over `devices` chips, by ring algorithms.
 
     Args:
-      found: by kind, with the size of their results on one chip.
+      collectives: by kind, with the size of their results on one chip.
       devices: how many chips take part in each.
 
     Raises:
@@ -75,7 +75,7 @@ def wire_bytes(found: Mapping[str, hlo.Collective], devices: int) -> float:
         "collective-permute": 1.0,
     }
     total = 0.0
-    for kind, collective in found.items():
+    for kind, collective in collectives.items():
         if kind not in factors:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(factors)}")
         total += factors[kind] * collective.bytes
@@ -126,10 +126,10 @@ def measure(
             static = dataclasses.replace(sized, topology="static")
             for program, one in (("step", static), ("update", sized)):
                 text = compiled_text(one, program, devices)
-                found = hlo.collectives(text)
-                wire = wire_bytes(found, count)
+                collectives = hlo.collectives(text)
+                wire = wire_bytes(collectives, count)
                 record[program] = {
-                    "collectives": {kind: dataclasses.asdict(c) for kind, c in found.items()},
+                    "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},
                     "wire_bytes": wire,
                     "share_all_links": share(wire / chip.links, computation),
                     "share_one_link": share(wire * chip.ports / chip.links, computation),
@@ -138,15 +138,15 @@ def measure(
 
 
 def _topologies(made: argparse.ArgumentParser, names: str) -> dict[str, Sequence[jax.Device]]:
-    found = {}
+    topologies = {}
     for name in names.split(","):
         if name.partition(":")[0] not in PUBLISHED:
             made.error(f"--topologies={name} must be of {' or '.join(PUBLISHED)}, e.g. v5e:2x4")
         try:
-            found[name] = compile_check.topology_devices(name)
+            topologies[name] = compile_check.topology_devices(name)
         except ConfigError as error:
             made.error(str(error))
-    return found
+    return topologies
 
 
 def main(argv: Sequence[str] | None = None) -> int:

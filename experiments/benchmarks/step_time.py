@@ -109,12 +109,12 @@ def profile(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by part of ordinary steps of each; see `profiles.profile`."""
     with tempfile.TemporaryDirectory() as scratch:
-        found = {}
+        profiled = {}
         for name, one in training.items():
             step = functools.partial(one.step, None if name == "dense" else 0)
             into = (folder or pathlib.Path(scratch)) / name
-            found[name] = profiles.profile(step, steps, one.text, into)
-    return found
+            profiled[name] = profiles.profile(step, steps, one.text, into)
+    return profiled
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,10 +66,10 @@ def argsort_update(key: jax.Array, masks: Any, params: Any, grads: Any) -> Any:
 
 def updates(peers: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
     """The updates that JAX compiles, ours first."""
-    found = {"sparseopt_jax": update, "argsort": argsort_update}
+    functions = {"sparseopt_jax": update, "argsort": argsort_update}
     if "jaxpruner" in peers:
-        found["jaxpruner"] = jaxpruner_update(DROP_FRACTION, STEP)
-    return found
+        functions["jaxpruner"] = jaxpruner_update(DROP_FRACTION, STEP)
+    return functions
 
 
 def compiled(
@@ -82,10 +82,10 @@ def compiled(
       device: what to compile for; None: the one at hand.
       peers: names from `PEERS`; only those of JAX are compiled.
     """
-    masks = jax.tree.map(lambda leaf: meshes.shaped(leaf.shape, jnp.bool_), params)
+    masks = jax.tree.map(lambda leaf: meshes.struct(leaf.shape, jnp.bool_), params)
     shapes = jax.eval_shape(lambda: jax.random.key(0)), masks, params, params
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    found = {}
+    programs = {}
     for name, function in updates(peers).items():
         start = time.perf_counter()
         lowered = jax.jit(function).lower(*measuring.placed(shapes, sharding))
@@ -96,8 +96,8 @@ def compiled(
             "compile_seconds": time.perf_counter() - traced,
             "temporary_bytes": measuring.memory(program).temp_size_in_bytes,
         }
-        found[name] = program, cost
-    return found
+        programs[name] = program, cost
+    return programs
 
 
 def random_arguments(params: Any) -> tuple[Any, Any, Any, Any]:
@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = measuring.tpu(parser, asked.topology)
     params = measuring.kernels(measuring.resnet50_params())
     print(f"{len(params)} kernels, {measuring.size(params) // 4:,} weights")
-    found = compiled(params, device, asked.peers)
-    costs = {name: cost for name, (_, cost) in found.items()}
+    compiled_updates = compiled(params, device, asked.peers)
+    costs = {name: cost for name, (_, cost) in compiled_updates.items()}
     for name, cost in costs.items():
         print(
             f"{name:>14}: traced in {cost['trace_seconds']:.1f} s, compiled in"
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if device is None:
         torch = Side("torch", TORCH) if "torch" in asked.peers else None
-        programs = {name: program for name, (program, _) in found.items()}
+        programs = {name: program for name, (program, _) in compiled_updates.items()}
         arguments = random_arguments(params)
         try:
             seconds, result["masks_differ"] = run(programs, arguments, asked.repeats, torch)

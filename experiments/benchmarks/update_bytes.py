@@ -46,18 +46,20 @@ def compile_update(topology: Any, params: Any, device: Any = None) -> Any:
 
 def measure(params: Any, device: Any = None) -> dict[str, dict[str, Any]]:
     """Bytes of each program, by both accounts, and over those of the dense one."""
-    found: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     for name, topology in PROGRAMS.items():
         compiled = compile_update(topology, params, device)
         moved = hlo.bytes_moved(compiled.as_text())
-        found[name] = {
+        measured[name] = {
             "cost_analysis": compiled.cost_analysis()["bytes accessed"],
             "moved": sum(moved.values()),
             "copied": moved.get("copy", 0),
         }
         for account in ("cost_analysis", "moved"):
-            found[name][f"{account}_over_dense"] = found[name][account] / found["dense"][account]
-    return found
+            measured[name][f"{account}_over_dense"] = (
+                measured[name][account] / measured["dense"][account]
+            )
+    return measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,18 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     device = measuring.tpu(parser, asked.topology)
     params = measuring.resnet50_params()
-    found = measure(params, device)
+    measured = measure(params, device)
     print(f"ResNet-50's parameters: {measuring.size(params) / 1e6:.1f} MB; MB that an update moves")
     print(
         f"{'':8}{'cost_analysis':>14}{'over dense':>12}{'text':>10}{'copies':>8}{'over dense':>12}"
     )
-    for name, row in found.items():
+    for name, row in measured.items():
         print(
             f"{name:8}{row['cost_analysis'] / 1e6:14.1f}{row['cost_analysis_over_dense']:12.3f}"
             f"{row['moved'] / 1e6:10.1f}{row['copied'] / 1e6:8.1f}{row['moved_over_dense']:12.3f}"
         )
     print("rigl: cost_analysis counts a topology update on every step, the text none")
-    result = {"device": asked.topology or jax.devices()[0].device_kind, "programs": found}
+    result = {"device": asked.topology or jax.devices()[0].device_kind, "programs": measured}
     measuring.append(asked, parser, argv, result)
     return 0
 

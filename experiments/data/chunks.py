@@ -42,7 +42,7 @@ def epoch_order(examples: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(examples: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
-    # The counter of `decode.random_boxes` stays below 2^192, so the two never share a number.
+    # The counter of `decode.random_crops` stays below 2^192, so the two never share a number.
     raw = np.random.Philox(key=seed, counter=(epoch + 1) << 192).random_raw(examples)
     return np.argsort(raw, kind="stable").astype(np.uint32)
 
@@ -64,8 +64,8 @@ class ChunkReader:
     Attributes:
       source: the examples.
       image_size: height and width of the results.
-      seed: gives order, boxes and flips of an endless stream.
-      ratio: side of the central square over the image's shorter side; None takes random boxes.
+      seed: gives order, crops and flips of an endless stream.
+      ratio: side of the central square over the image's shorter side; None takes random crops.
       end: None in an endless stream; else how many examples there are, in their own order, and
         positions from there on are padding.
     """
@@ -97,30 +97,30 @@ class ChunkReader:
                 heights[slot], widths[slot] = decode.image_size(example.encoded)
             except CorruptImageError as error:
                 damaged[slot] = str(error)
-        boxes, flips = self._boxes(positions.start, heights, widths)
+        crops, flips = self._crops(positions.start, heights, widths)
         for slot, example in enumerate(examples):
             if slot not in damaged:
                 try:
-                    self._decode(chunk, slot, example, boxes[slot], flips[slot])
+                    self._decode(chunk, slot, example, crops[slot], flips[slot])
                 except CorruptImageError as error:
                     damaged[slot] = str(error)
         chunk.failed.extend((slot, indices[slot], damaged[slot]) for slot in sorted(damaged))
         return chunk
 
-    def _boxes(
+    def _crops(
         self, first: int, heights: list[int], widths: list[int]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         if self.ratio is None:
-            return decode.random_boxes(self.seed, first, heights, widths)
+            return decode.random_crops(self.seed, first, heights, widths)
         sizes = zip(heights, widths, strict=True)
-        boxes = [decode.central_box(height, width, self.ratio) for height, width in sizes]
-        return np.array(boxes, np.int32), np.zeros(len(boxes), bool)
+        crops = [decode.central_crop(height, width, self.ratio) for height, width in sizes]
+        return np.array(crops, np.int32), np.zeros(len(crops), bool)
 
     def _decode(
-        self, chunk: Chunk, slot: int, example: Example, box: npt.NDArray[np.int32], flip: Any
+        self, chunk: Chunk, slot: int, example: Example, crop: npt.NDArray[np.int32], flip: Any
     ) -> None:
         out = chunk.images[slot]
-        decode.decode_box(example.encoded, box, self.image_size, flip=bool(flip), out=out)
+        decode.decode_crop(example.encoded, crop, self.image_size, flip=bool(flip), out=out)
         chunk.labels[slot] = example.label
         chunk.weights[slot] = 1
 
@@ -136,8 +136,8 @@ class ChunkReader:
                 (example,) = self.source.read([other])
                 try:
                     height, width = decode.image_size(example.encoded)
-                    boxes, flips = self._boxes(chunk.first + slot, [height], [width])
-                    self._decode(chunk, slot, example, boxes[0], flips[0])
+                    crops, flips = self._crops(chunk.first + slot, [height], [width])
+                    self._decode(chunk, slot, example, crops[0], flips[0])
                     break
                 except CorruptImageError as damage:
                     corrupt.report(self.source, other, str(damage))

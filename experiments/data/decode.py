@@ -1,4 +1,4 @@
-"""Encoded images to pixels: whole, or one box of them at the size that a model takes.
+"""Encoded images to pixels: whole, or one crop of them at the size that a model takes.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg), and everything else by Pillow. An image that is
 damaged raises CorruptImageError, which says what is wrong but not with which image: callers know
@@ -48,7 +48,7 @@ programs, have no mark that tells them from other files, or are no pictures."""
 
 MIN_AREA = 0.08
 MAX_RATIO = 4 / 3
-"""Random boxes cover from MIN_AREA to all of the image; the ratio of their sides is at most this.
+"""Random crops cover from MIN_AREA to all of the image; the ratio of their sides is at most this.
 """
 
 # Warnings of libjpeg about bytes that no pixel depends on. Other pipelines never see them. It stops
@@ -63,7 +63,7 @@ _HARMLESS = (
 
 _ATTEMPTS = 10
 # Four numbers an attempt and one for the flip, in Philox's blocks of four. Positions are this far
-# apart in the counter, so a change of it changes every box of every run.
+# apart in the counter, so a change of it changes every crop of every run.
 _BLOCKS = 12
 
 # The threads are Grain's; OpenCV's and libavif's own would fight them for the cores.
@@ -115,23 +115,23 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
     return _decode_reduced(encoded, 1)
 
 
-def decode_box(
+def decode_crop(
     encoded: bytes,
-    box: Sequence[int] | npt.NDArray[np.int32],
+    crop: Sequence[int] | npt.NDArray[np.int32],
     size: int,
     *,
     flip: bool = False,
     out: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """The pixels of a box, resized to a square: bilinear, without antialiasing.
+    """The pixels of a crop, resized to a square: bilinear, without antialiasing.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where the box still has `size` pixels
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where the crop still has `size` pixels
     each way then, which takes a fraction of the time and averages the pixels as it goes. The
-    box's edges are rounded to pixels of that resolution.
+    crop's edges are rounded to pixels of that resolution.
 
     Args:
       encoded: the image.
-      box: top, left, height and width in pixels of the full resolution, inside the image.
+      crop: top, left, height and width in pixels of the full resolution, inside the image.
       size: height and width of the result.
       flip: whether to mirror the result, left to right.
       out: contiguous uint8, (size, size, 3), where to put the result; None makes a new array.
@@ -141,35 +141,35 @@ def decode_box(
 
     Raises:
       CorruptImageError: as for `decode`.
-      ValueError: the box is not inside the image.
+      ValueError: the crop is not inside the image.
     """
-    top, left, height, width = (int(number) for number in box)
+    top, left, height, width = (int(number) for number in crop)
     scale = next((s for s in (8, 4, 2) if min(height, width) >= s * size), 1)
     pixels = _decode_reduced(encoded, scale)
     inside = top + height <= pixels.shape[0] * scale and left + width <= pixels.shape[1] * scale
     if min(top, left) < 0 or min(height, width) < 1 or not inside:
-        raise ValueError(f"box={(top, left, height, width)} does not lie inside the image")
+        raise ValueError(f"crop={(top, left, height, width)} does not lie inside the image")
     rows, columns = _divide(height, scale), _divide(width, scale)
     first_row = min(_divide(top, scale), pixels.shape[0] - rows)
     first_column = min(_divide(left, scale), pixels.shape[1] - columns)
-    crop = pixels[first_row : first_row + rows, first_column : first_column + columns]
+    cut = pixels[first_row : first_row + rows, first_column : first_column + columns]
     if out is None:
         out = np.empty((size, size, 3), np.uint8)
     if flip:
-        resized = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)
+        resized = cv2.resize(cut, (size, size), interpolation=cv2.INTER_LINEAR)
         cv2.flip(resized, 1, dst=out)
     else:
-        cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+        cv2.resize(cut, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
     return out
 
 
-def random_boxes(
+def random_crops(
     seed: int, first: int, heights: npt.ArrayLike, widths: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Boxes and flips of random resized crops, for images at consecutive positions of a run.
+    """Crops, random in place and size, and flips for images at consecutive positions of a run.
 
     The area is uniform in [0.08, 1] of the image's and the ratio of the sides log-uniform in
-    [3/4, 4/3]; where ten attempts do not fit into the image, the box is the largest centred one
+    [3/4, 4/3]; where ten attempts do not fit into the image, the crop is the largest centred one
     within those ratios. Source: C. Szegedy et al., Going Deeper with Convolutions, CVPR 2015,
     with torchvision's number of attempts.
 
@@ -181,7 +181,7 @@ def random_boxes(
       widths: their widths.
 
     Returns:
-      Boxes, int32, (n, 4), of top, left, height and width; and whether to flip, bool, (n,).
+      Crops, int32, (n, 4), of top, left, height and width; and whether to flip, bool, (n,).
     """
     height = np.asarray(heights, np.int64)
     width = np.asarray(widths, np.int64)
@@ -191,31 +191,31 @@ def random_boxes(
     draws = uniform[:, : 4 * _ATTEMPTS].reshape(-1, _ATTEMPTS, 4)
     area = (height * width)[:, None] * (MIN_AREA + (1 - MIN_AREA) * draws[..., 0])
     ratio = MAX_RATIO ** (2 * draws[..., 1] - 1)
-    box_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    box_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    crop_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    crop_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (
-        (box_widths >= 1)
-        & (box_heights >= 1)
-        & (box_widths <= width[:, None])
-        & (box_heights <= height[:, None])
+        (crop_widths >= 1)
+        & (crop_heights >= 1)
+        & (crop_widths <= width[:, None])
+        & (crop_heights <= height[:, None])
     )
     row, attempt = np.arange(len(height)), fits.argmax(axis=1)
-    box_width, box_height = box_widths[row, attempt], box_heights[row, attempt]
-    top = np.floor(draws[row, attempt, 2] * (height - box_height + 1)).astype(np.int64)
-    left = np.floor(draws[row, attempt, 3] * (width - box_width + 1)).astype(np.int64)
+    crop_width, crop_height = crop_widths[row, attempt], crop_heights[row, attempt]
+    top = np.floor(draws[row, attempt, 2] * (height - crop_height + 1)).astype(np.int64)
+    left = np.floor(draws[row, attempt, 3] * (width - crop_width + 1)).astype(np.int64)
 
     centred_width = np.minimum(width, np.rint(height * MAX_RATIO).astype(np.int64))
     centred_height = np.minimum(height, np.rint(width * MAX_RATIO).astype(np.int64))
     centred = (height - centred_height) // 2, (width - centred_width) // 2
-    boxes = np.where(
+    crops = np.where(
         fits.any(axis=1),
-        [top, left, box_height, box_width],
+        [top, left, crop_height, crop_width],
         [*centred, centred_height, centred_width],
     )
-    return boxes.T.astype(np.int32), uniform[:, 4 * _ATTEMPTS] < 0.5
+    return crops.T.astype(np.int32), uniform[:, 4 * _ATTEMPTS] < 0.5
 
 
-def central_box(height: int, width: int, ratio: float = 0.875) -> tuple[int, int, int, int]:
+def central_crop(height: int, width: int, ratio: float = 0.875) -> tuple[int, int, int, int]:
     """Top, left, height, width of the centred square of `ratio` of the image's shorter side.
 
     With 0.875 and 224 pixels this is, in one step, the usual evaluation on ImageNet, which

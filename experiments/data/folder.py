@@ -128,13 +128,13 @@ def open_folder(
     there = _class_folders(root / split)
     if split != TRAIN:
         _check_same_classes(root, split, there.folders)
-    found = [_list(root / split / name) for name in there.folders]
-    if wrong := [text for each in found if (text := _wrong_with_class(each))]:
+    class_listings = [_list(root / split / name) for name in there.folders]
+    if wrong := [text for each in class_listings if (text := _wrong_with_class(each))]:
         more = f"\nand {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise DataError("\n".join(wrong[:5]) + more)
-    passed_over = sum((each.passed_over for each in found), there.passed_over)
+    passed_over = sum((each.passed_over for each in class_listings), there.passed_over)
     return FolderSource(
-        str(root / split), there.folders, [each.images for each in found], passed_over
+        str(root / split), there.folders, [each.images for each in class_listings], passed_over
     )
 
 
@@ -203,30 +203,30 @@ def _sort_in(entry: os.DirEntry[str], listing: _Listing) -> None:
 
 def _class_folders(folder: pathlib.Path) -> _Listing:
     """What is in a split; raises DataError where it has no class folders, or images beside them."""
-    found = _list(folder)
-    if not found.folders:
+    listing = _list(folder)
+    if not listing.folders:
         raise DataError(
             f"{folder} has no class folders"
-            + (f", but images: {_listed(found.images)}" if found.images else "")
+            + (f", but images: {_listed(listing.images)}" if listing.images else "")
         )
-    if found.images:
+    if listing.images:
         raise DataError(
             f"{folder} has images beside its class folders, which belong to no class:"
-            f" {_listed(found.images)}"
+            f" {_listed(listing.images)}"
         )
-    return found
+    return listing
 
 
-def _wrong_with_class(found: _Listing) -> str:
+def _wrong_with_class(listing: _Listing) -> str:
     """What is wrong with a class folder; empty where nothing is."""
-    if found.folders:
+    if listing.folders:
         return (
-            f"{found.path} is a class folder, but has a folder in it, {found.folders[0]};"
+            f"{listing.path} is a class folder, but has a folder in it, {listing.folders[0]};"
             " images must lie directly in their class folder"
         )
-    if not found.images:
-        return f"{found.path} is a class folder without images ({', '.join(decode.FORMATS)})" + (
-            f"; passed over: {sources.counted(found.passed_over)}" if found.passed_over else ""
+    if not listing.images:
+        return f"{listing.path} is a class folder without images ({', '.join(decode.FORMATS)})" + (
+            f"; passed over: {sources.counted(listing.passed_over)}" if listing.passed_over else ""
         )
     return ""
 

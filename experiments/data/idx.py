@@ -100,9 +100,9 @@ def _read(path: pathlib.Path, expected: int) -> np.ndarray:
     header = 4 * (1 + dimensions)
     magic = int.from_bytes(content[:4], "big")
     if len(content) >= 4 and magic != expected:
-        found = f" ({_KINDS[magic]})" if magic in _KINDS else ""
+        kind = f" ({_KINDS[magic]})" if magic in _KINDS else ""
         raise DataError(
-            f"{path} starts with the magic number {magic}{found}; it must be {expected}"
+            f"{path} starts with the magic number {magic}{kind}; it must be {expected}"
             f" ({_KINDS[expected]})"
         )
     if len(content) < header:

@@ -128,8 +128,8 @@ class DeviceData:
             static_argnums=1,
             out_shardings=meshes.batch_sharding(self.mesh),
         )
-        found: list[EvalBatch] = batches(self._test, self._batch_size)
-        return found
+        eval_batches: list[EvalBatch] = batches(self._test, self._batch_size)
+        return eval_batches
 
     def eval_batches(self) -> list[EvalBatch]:
         """As `Data.eval_batches`."""

@@ -253,7 +253,7 @@ def _crop(images: jax.Array, chosen: jax.Array, rows: jax.Array, columns: jax.Ar
 @functools.cache
 def compiled(mesh: Mesh | None) -> tuple[Callable[..., jax.Array], Callable[..., Split]]:
     """`epoch_order`, replicated over a mesh, and `take_batch`, its examples shared out over it."""
-    order: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.over(mesh)}
+    order: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.replicated(mesh)}
     batch: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.batch_sharding(mesh)}
     take_names = ("batch_size", "augmentation")
     return (

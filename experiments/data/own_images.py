@@ -49,12 +49,12 @@ class OwnImages(NamedTuple):
     def check_prepared(self, info: Any) -> None:
         """Raises ConfigError where the records are not those of the class folders."""
         stored = {split.name: split.num_examples for split in info.splits.values()}
-        found = {name: len(source) for name, source in self.splits.items()}
+        counts = {name: len(source) for name, source in self.splits.items()}
         classes = list(info.features["label"].names)
         if info.description.strip() != self.description():
             reason = f"holds something else ({info.description.strip()})"
-        elif stored != found or classes != list(self.splits[TRAIN].classes):
-            reason = f"has {_counts(stored)}, but {self.origin} has {_counts(found)} now"
+        elif stored != counts or classes != list(self.splits[TRAIN].classes):
+            reason = f"has {_counts(stored)}, but {self.origin} has {_counts(counts)} now"
         else:
             return
         raise ConfigError(
@@ -119,24 +119,24 @@ def find(origin: pathlib.Path, root: pathlib.Path) -> OwnImages:
             f"--data_dir={root} must not lie in --manual_dir={origin}, which holds the images"
         )
     opened = functools.partial(open_folder, str(origin), argument="--manual_dir")
-    found = {TRAIN: opened(TRAIN)}
+    splits = {TRAIN: opened(TRAIN)}
     first = opened()  # of the splits to evaluate on; an error where there is none
     for split in EVALUATION:
         if split == first.split:
-            found[split] = first
+            splits[split] = first
         elif (origin / split).is_dir() and folder_names(origin / split):
-            found[split] = opened(split)
+            splits[split] = opened(split)
     if odd := [name for name in first.classes if not name.isprintable() or name != name.strip()]:
         raise ConfigError(
             f"{first.split}: names of classes must be printable, without spaces around them, to be"
             f" stored as lines of text: {', '.join(map(ascii, odd))}"
         )
-    for source in found.values():
+    for source in splits.values():
         if source.passed_over:
             print(f"{source.split}: passed over: {sources.counted(source.passed_over)}", flush=True)
     name = PREFIX + (re.sub(r"\W+", "_", origin.name.lower()).strip("_") or "images")
     prepared.parse_name(name)
-    return OwnImages(name, origin, root / name / VERSION, found)
+    return OwnImages(name, origin, root / name / VERSION, splits)
 
 
 def _common_shape(splits: Sequence[FolderSource]) -> tuple[int | None, int | None, int]:

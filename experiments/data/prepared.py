@@ -64,9 +64,9 @@ def find_folder(name: Name, data_dir: str) -> pathlib.Path:
     if not name.config and not versions.list_all_versions(base):
         default = _default_config(base)
         base = base / default if default else base
-    found = [v for v in versions.list_all_versions(base) if v.match(name.version or "*.*.*")]
-    if found:
-        folder = base / str(found[-1])
+    matching = [v for v in versions.list_all_versions(base) if v.match(name.version or "*.*.*")]
+    if matching:
+        folder = base / str(matching[-1])
         check_complete(folder)
         return folder
     if any(base.glob("incomplete.*")):
@@ -110,12 +110,12 @@ def _default_config(base: pathlib.Path) -> str | None:
 
 def list_prepared(root: pathlib.Path) -> list[str]:
     """Datasets in a folder as `name:version` or `name/config:version`."""
-    found = [path.parent for path in root.glob(f"*/*/{INFO}")]
+    folders = [path.parent for path in root.glob(f"*/*/{INFO}")]
     for configs in root.glob("*/.config"):
-        found += [path.parent for path in configs.parent.glob(f"*/*/{INFO}")]
+        folders += [path.parent for path in configs.parent.glob(f"*/*/{INFO}")]
     return sorted(
         f"{path.parent.relative_to(root).as_posix()}:{path.name}"
-        for path in found
+        for path in folders
         if not path.name.startswith("incomplete.")
     )
 

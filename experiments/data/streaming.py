@@ -3,7 +3,7 @@
 The stream of a run is endless, and a position in it stands for one example: its epoch is
 position // examples, and the epoch's permutation says which example it is. Step t takes the
 positions from t * batch_size on, so batches run across the ends of epochs and no example is left
-out. Of each batch every process takes its own consecutive part. So the batch of a step, its boxes
+out. Of each batch every process takes its own consecutive part. So the batch of a step, its crops
 and its flips are given by seed and step alone: the same on any number of processes, threads and
 workers, and a run continues at a step without reading anything from before it.
 """
@@ -99,12 +99,12 @@ def train_batches(
 
     Args:
       source: the examples.
-      seed: gives the order, the boxes and the flips.
+      seed: gives the order, the crops and the flips.
       batch_size: images in a step, over all processes.
       image_size: height and width of the images of the batches.
       first_step: the step of the first batch.
       last_step: the step to stop before; None never stops.
-      random_crop: take a random box of each image and flip half of them; otherwise the central
+      random_crop: take a random crop of each image and flip half of them; otherwise the central
         square, as evaluation does.
       process_index: which process this is, from 0.
       process_count: how many processes there are.

@@ -234,17 +234,17 @@ def _open_split(info: Any, folder: pathlib.Path, split: str, label: str) -> Tfds
             f" Labels: {', '.join(f'{key} ({n} classes)' for key, n in labels.items())}"
         )
     try:
-        found = shards(info.splits[split])
+        files = shards(info.splits[split])
     except Exception as error:  # of several types, by what is wrong with a slice
         reason = f" ({str(error).splitlines()[0]})" if split.split("[")[0] in info.splits else ""
         raise ConfigError(
             f"split {split!r}: {dataset} has no such split{reason}.{closest(split, info.splits)}"
             f" Its {_splits(info)}; a part of one: train[:90%], train[1000:2000]"
         ) from error
-    if not found:
+    if not files:
         raise ConfigError(f"split {split!r} of {dataset} has no examples; {_splits(info)}")
-    check_files(found, folder)
-    return TfdsSource(split, found, (image, label), labels[label], shape)
+    check_files(files, folder)
+    return TfdsSource(split, files, (image, label), labels[label], shape)
 
 
 def shards(split: Any) -> list[Shard]:
@@ -257,8 +257,8 @@ def check_files(parts: Iterable[Shard], folder: pathlib.Path) -> None:
     """Raises DataError where a record file is missing, damaged or of another length than told."""
     totals = {shard.path: shard.total for shard in parts}
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(_wrong, totals, totals.values())
-        wrong = [message for message in found if message]
+        messages = pool.map(_wrong, totals, totals.values())
+        wrong = [message for message in messages if message]
     if wrong:
         others = f" (and {len(wrong) - 1} more of {len(totals)} files)" if len(wrong) > 1 else ""
         raise DataError(

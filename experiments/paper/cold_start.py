@@ -118,12 +118,12 @@ def measure(
     arms: dict[str, Any] = {}
     for arm in ARMS:
         name = f"{arm}, seeds {seeds[0]} to {seeds[-1]}"
-        found = kept.part(name, functools.partial(_train, arm, config, dataset, seeds, updates))
+        part = kept.part(name, functools.partial(_train, arm, config, dataset, seeds, updates))
         arms[str(arm)] = {
-            quantity: seed_statistics.describe_given(found[quantity])
+            quantity: seed_statistics.describe_given(part[quantity])
             for quantity in QUANTITIES
-            if quantity in found
-        } | {"around": found.get("around")}
+            if quantity in part
+        } | {"around": part.get("around")}
         accuracy = tables.plus_minus(arms[str(arm)]["test_accuracy"], 100, 2)
         say(f"grown warmup: {arm} ({len(arms)} of {len(ARMS)}), test accuracy {accuracy} %")
     shown = (
@@ -172,14 +172,14 @@ def _updates(config: Config, dataset: data.DeviceData) -> list[int]:
         dataclasses.replace(config, topology="set"), dataset.steps_per_epoch
     )
     steps = np.arange(config.epochs * dataset.steps_per_epoch)
-    found: list[int] = steps[np.asarray(topology.is_update_step(steps))].tolist()
-    if len(found) < 2 or found[0] < BEFORE or found[0] + SHOWN >= len(steps):
+    update_steps: list[int] = steps[np.asarray(topology.is_update_step(steps))].tolist()
+    if len(update_steps) < 2 or update_steps[0] < BEFORE or update_steps[0] + SHOWN >= len(steps):
         raise ConfigError(
             f"epochs={config.epochs} has {len(steps)} steps, update_interval="
             f"{config.update_interval}: there must be at least two topology updates, with {BEFORE}"
             f" steps before and {SHOWN} after the first"
         )
-    return found
+    return update_steps
 
 
 def _train(
@@ -211,15 +211,15 @@ def _train(
     loss_of = np.stack(jax.device_get(losses), axis=1).astype(np.float64)
     if not np.isfinite(loss_of).all():
         raise DivergedError(f"{arm}: a training loss is not finite")
-    found = {
+    measured = {
         "test_accuracy": correct / examples,
         "late_loss": loss_of[:, -(loss_of.shape[1] // 10) :].mean(axis=1),
     }
     if moves:
         around = loss_around(loss_of, updates)
         jump = around[:, BEFORE : BEFORE + AFTER].mean(axis=1)
-        found |= {"jump": jump, "survival": survival(moves), "around": around.round(5)}
-    return {name: values.tolist() for name, values in found.items()}
+        measured |= {"jump": jump, "survival": survival(moves), "around": around.round(5)}
+    return {name: values.tolist() for name, values in measured.items()}
 
 
 def programs(arm: Arm, config: Config, dataset: data.DeviceData) -> tuple[Callable[..., Any], ...]:
@@ -332,7 +332,7 @@ def loss_around(losses: np.ndarray, updates: Sequence[int]) -> np.ndarray:
 
 
 def _differences(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for quantity in QUANTITIES:
         for arm in ARMS:
             if arm.topology == "dense" or arm.cure == "neither":
@@ -341,32 +341,32 @@ def _differences(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
             values, base = (arms[name][quantity]["values"] for name in (str(arm), other))
             paired = [one - two for one, two in zip(values, base, strict=True)]
             row = {"quantity": quantity, "of": str(arm), "minus": other}
-            found.append(row | dataclasses.asdict(seed_statistics.describe_differences(paired)))
-    return found
+            rows.append(row | dataclasses.asdict(seed_statistics.describe_differences(paired)))
+    return rows
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """All arms, and the paired differences in each quantity, as text.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
 
     Returns:
       Lines of at most 100 columns.
     """
-    setting, arms = found["setting"], found["arms"]
+    setting, arms = results["setting"], results["arms"]
     rows = [
         (name, *(tables.plus_minus(one.get(q), *how[1:]) for q, how in QUANTITIES.items()))
         for name, one in arms.items()
     ]
     lines = [
         f"AdamW, MLP {'-'.join(map(str, setting['features']))}, {setting['dataset']}, sparsity"
-        f" {setting['sparsity']:g}, {found['steps']} steps, {len(found['updates'])} topology"
-        f" updates; {len(found['seeds'])} seed(s).",
+        f" {setting['sparsity']:g}, {results['steps']} steps, {len(results['updates'])} topology"
+        f" updates; {len(results['seeds'])} seed(s).",
         tables.columns(("arm", *QUANTITIES), rows),
     ]
     for quantity, (words, scale, digits) in QUANTITIES.items():
-        of_quantity = [row for row in found["differences"] if row["quantity"] == quantity]
+        of_quantity = [row for row in results["differences"] if row["quantity"] == quantity]
         body = [
             (
                 f"{row['of']} - neither",
@@ -381,11 +381,11 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
+def figure(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws how each cure changes the loss around topology updates: a panel a topology and b2.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
     """
     x = np.arange(-BEFORE, SHOWN) + 1
     panels: dict[str, dict[str, plots.Curve]] = {}
@@ -393,11 +393,11 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
         if arm.topology != "dense" and arm.cure != "neither":
             panel = panels.setdefault(f"{arm.topology}, b2 = {arm.b2:g}", {})
             cured, base = (
-                np.array(found["arms"][str(one)]["around"])
+                np.array(results["arms"][str(one)]["around"])
                 for one in (arm, arm._replace(cure="neither"))
             )
             panel[f"{arm.cure} - neither"] = plots.Curve(x, cured - base)
-    setting = found["setting"]
+    setting = results["setting"]
     return plots.curves(
         panels,
         "training loss, difference",

@@ -113,11 +113,11 @@ def _line(
     layer: Layer,
     shift: float,
 ) -> None:
-    found = sorted((row["epochs"], row[side]["mean"], row[side]["std"] or 0.0)
+    points = sorted((row["epochs"], row[side]["mean"], row[side]["std"] or 0.0)
                    for row in rows if row[side] is not None)  # fmt: skip
-    if not found:
+    if not points:
         return
-    epochs, means, spreads = (np.array(column) for column in zip(*found, strict=True))
+    epochs, means, spreads = (np.array(column) for column in zip(*points, strict=True))
     hollow = side == "paper"
     axes.errorbar(
         shift * epochs, means, spreads, color=style[0], linestyle=style[1], marker="o",
@@ -168,14 +168,14 @@ def bars(
     for axes, epochs in zip(grid[0], lengths, strict=True):
         for i, (name, style) in enumerate(styles.items()):
             for j, side in enumerate(sides):
-                found = {
+                numbers = {
                     row["sparsity"]: row[side]
                     for row in rows
                     if _arm(row) == name
                     and row[side] is not None
                     and (row["epochs"] == epochs or side == "paper")
                 }
-                for sparsity, number in found.items():
+                for sparsity, number in numbers.items():
                     x = sparsities.index(sparsity) + (i * len(sides) + j + 0.5) * width - 0.425
                     axes.bar(
                         x, number["mean"], width, yerr=number["std"], capsize=2,
@@ -268,12 +268,12 @@ def forest(differences: Sequence[Row], quantity: str, title: str) -> matplotlib.
     axes = figure.subplots()
     look = plots.styles(pairs)
     for y, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-        found, color = row["ours"], look[pair][0]
-        dots = found["differences"]
+        ours, color = row["ours"], look[pair][0]
+        dots = ours["differences"]
         axes.plot(dots, [y] * len(dots), "o", color=color, alpha=0.35, markersize=3)
-        half = 0.0 if found["std"] is None else half_width(found["std"], found["n"])
+        half = 0.0 if ours["std"] is None else half_width(ours["std"], ours["n"])
         axes.errorbar(
-            found["mean"], y, xerr=half, marker="D", markersize=4.5, capsize=3, color=color
+            ours["mean"], y, xerr=half, marker="D", markersize=4.5, capsize=3, color=color
         )
     axes.axvline(0, color="#777777", linewidth=1)
     axes.set_yticks(range(len(rows)), names, fontsize=8)

@@ -235,16 +235,16 @@ def make_ratios(dataset: data.Shapes, hidden: int, norm: str) -> Callable[..., A
     return ratios
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """The ratios as text: a block for each initialisation, with the paper's numbers beside ours.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
 
     Returns:
       Lines of at most 100 columns.
     """
-    protocol = found["protocol"]
+    protocol = results["protocol"]
     low, high = reported.GRADIENT_RATIO_WITHOUT_NORM
     lines = [
         f"Gradient, sparse over dense; {protocol['dataset']};",
@@ -254,7 +254,7 @@ def table(found: Mapping[str, Any]) -> str:
         f" {protocol['batches']} batches of {protocol['batch_size']}.",
     ]
     for init in protocol["inits"]:
-        cases = _cases(found, init)
+        cases = _cases(results, init)
         lines += [
             "",
             f"Initial weights: {init}"
@@ -264,7 +264,7 @@ def table(found: Mapping[str, Any]) -> str:
             + f"  {'paper, BN':>9}",
         ]
         for i, (sparsity, theory) in enumerate(
-            zip(found["sparsities"], found["theory"], strict=True)
+            zip(results["sparsities"], results["theory"], strict=True)
         ):
             published = reported.GRADIENT_RATIO.get(sparsity)
             lines.append(
@@ -274,7 +274,7 @@ def table(found: Mapping[str, Any]) -> str:
                 )
                 + f"  {f'{published:.2f}' if published else '':>9}".rstrip()
             )
-        lines.append(_farthest(found, cases))
+        lines.append(_farthest(results, cases))
     lines += [
         "",
         "The paper's are of a two-layer MLP on MNIST, read off a figure (none:"
@@ -284,13 +284,13 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 @drawn
-def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
+def figure(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the ratio against sparsity: mean and standard deviation over seeds, a panel per init.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
     """
-    protocol, sparsities = found["protocol"], np.array(found["sparsities"])
+    protocol, sparsities = results["protocol"], np.array(results["sparsities"])
     inits = protocol["inits"]
     picture = library().figure.Figure(
         figsize=(1.6 + 3.9 * len(inits), 4.6), dpi=150, layout="constrained"
@@ -301,7 +301,7 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     for axes, init in zip(panels, inits, strict=True):
         theory = 1 / np.sqrt(1 - curve)
         axes.plot(curve, theory, color="#000000", lw=1, zorder=2.9, label="1 / sqrt(1 - s)")
-        for norm, case in _cases(found, init).items():
+        for norm, case in _cases(results, init).items():
             color, line = _STYLES[norm]
             mean = np.array([cell["mean"] for cell in case["ratio"]])
             spread = np.array([cell["std"] or 0.0 for cell in case["ratio"]])
@@ -390,18 +390,18 @@ def _describe(values: np.ndarray) -> list[dict[str, Any]]:
     return [seed_statistics.describe_given(column) for column in values.T.tolist()]
 
 
-def _cases(found: Mapping[str, Any], init: str) -> dict[str, Any]:
-    return {case["norm"]: case for case in found["cases"] if case["init"] == init}
+def _cases(results: Mapping[str, Any], init: str) -> dict[str, Any]:
+    return {case["norm"]: case for case in results["cases"] if case["init"] == init}
 
 
-def _farthest(found: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
+def _farthest(results: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
     """The line that says how far means are from what theory gives, up to sparsity 0.8."""
-    upto = [i for i, sparsity in enumerate(found["sparsities"]) if sparsity <= 0.8]
+    upto = [i for i, sparsity in enumerate(results["sparsities"]) if sparsity <= 0.8]
     if not upto:
         return ""
     parts = []
     for norm, case in cases.items():
-        expected = [1.0 if norm == "none" else found["theory"][i] for i in upto]
+        expected = [1.0 if norm == "none" else results["theory"][i] for i in upto]
         off = [case["ratio"][i]["mean"] / e - 1 for i, e in zip(upto, expected, strict=True)]
         parts.append(f"{_SHORT[norm]} {100 * max(off, key=abs):+.1f} %")
     return f"farthest from 1/sqrt(1-s) (none: from 1), up to 0.8: {', '.join(parts)}"

@@ -71,8 +71,8 @@ class Kept:
         """
         if name not in self._parts:
             commit, status = metrics.checkout()
-            found = {"commit": f"{commit}+" if commit and status else commit, "found": measure()}
-            self._parts[name] = found
+            entry = {"commit": f"{commit}+" if commit and status else commit, "found": measure()}
+            self._parts[name] = entry
             if self._path is not None and distributed.is_main():
                 content = {"config": dataclasses.asdict(self._config), "how": self._how}
                 content["settings"] = metrics.settings()

@@ -184,8 +184,8 @@ def neuron_values(
 
     Example:
       >>> kernel = np.array([[3.0], [4.0]])
-      >>> found = neuron_values(kernel, 1.1 * kernel, kernel, np.ones((2, 1), bool))
-      >>> found["squared_weight"].tolist(), round(float(found["relative_step"][0]), 6)
+      >>> values = neuron_values(kernel, 1.1 * kernel, kernel, np.ones((2, 1), bool))
+      >>> values["squared_weight"].tolist(), round(float(values["relative_step"][0]), 6)
       ([12.5], 0.1)
     """
     incoming = tuple(range(mask.ndim - 1))
@@ -233,45 +233,45 @@ def pooled_slope(groups: Groups) -> float | None:
     return products / squares if squares > 0 else None
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """The slopes as text: a block for each quantity, a row for each step.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
 
     Returns:
       Lines of at most 100 columns, for up to five methods.
     """
-    setting, slopes = found["setting"], found["slopes"]
+    setting, slopes = results["setting"], results["slopes"]
     lines = [
         "Slope of the log of a quantity over the log of fan-in, over neurons with at least"
-        f" {found['min_fan_in']},",
-        f"in {len(found['layers'])} normalised layers ({setting['model']}, {setting['dataset']},"
+        f" {results['min_fan_in']},",
+        f"in {len(results['layers'])} normalised layers ({setting['model']}, {setting['dataset']},"
         f" {setting['topology']}, sparsity {setting['sparsity']:g}); mean ± std over"
-        f" {len(found['seeds'])} seed(s).",
+        f" {len(results['seeds'])} seed(s).",
     ]
     for name, words in QUANTITIES.items():
         lines += ["", words, f"{'after step':>10}" + "".join(f"  {m:>15}" for m in slopes)]
-        for i, step in enumerate(found["steps"]):
+        for i, step in enumerate(results["steps"]):
             cells = (tables.plus_minus(slopes[method][name][i], 1, 3, "+") for method in slopes)
             lines.append(f"{step:10d}" + "".join(f"  {cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
 @drawn
-def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
+def figure(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws the slopes against the training step: a panel for each quantity, a line for a method.
 
     Args:
-      found: what `measure` returned.
+      results: what `measure` returned.
     """
     picture = library().figure.Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     panels = picture.subplots(1, len(QUANTITIES))
-    look = plots.styles(found["slopes"])
+    look = plots.styles(results["slopes"])
     lies = layers(look)
     for axes, (name, words) in zip(panels, QUANTITIES.items(), strict=True):
         axes.axhline(0, color="#000000", lw=0.8)
-        for method, quantities in found["slopes"].items():
+        for method, quantities in results["slopes"].items():
             cells = [cell for cell in quantities[name] if cell["mean"] is not None]
             step = np.array([cell["step"] + 1 for cell in cells])
             mean = np.array([cell["mean"] for cell in cells])
@@ -282,14 +282,14 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
                 lw=lies[method].width, zorder=lies[method].zorder, label=method,
             )  # fmt: skip
             axes.fill_between(step, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
-        axes.set_xlim(0.8, 1.25 * (found["steps"][-1] + 1))
+        axes.set_xlim(0.8, 1.25 * (results["steps"][-1] + 1))
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(library().ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         axes.set_title(words.replace(", ", ",\n"), fontsize=9)
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("slope of its log over log(fan-in)")
-    setting = found["setting"]
+    setting = results["setting"]
     picture.suptitle(
         f"Neurons by fan-in: {setting['model']} on {setting['dataset']}, {setting['topology']},"
         f" sparsity {setting['sparsity']:g}",
@@ -298,7 +298,7 @@ def figure(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9,
-        title=f"line: mean; band: ± 1 standard deviation over {len(found['seeds'])} seed(s)",
+        title=f"line: mean; band: ± 1 standard deviation over {len(results['seeds'])} seed(s)",
         title_fontsize=8,
     )  # fmt: skip
     return picture
@@ -316,7 +316,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Slopes, and how many neurons they are of, at every step of a run."""
     state = programs.start(*model.init(np.int32(seed)), np.int32(seed))
-    found = []
+    measured = []
     with contextlib.closing(Stepper(programs, dataset, seed, 0)) as stepper:
         for step in steps:
             # Single steps: a compiled loop must not go beyond an epoch's end.
@@ -331,7 +331,7 @@ def _run(
             before, old, raw, after, new = (
                 metrics.path_leaves(jax.device_get(tree)) for tree in (params, masks, slope, *now)
             )
-            found.append(
+            measured.append(
                 _slopes(
                     neuron_values(
                         before[path], after[path], raw[path], old[path] & new[path], min_fan_in
@@ -339,18 +339,18 @@ def _run(
                     for path in layers
                 )
             )
-    return found
+    return measured
 
 
 def _slopes(layers: Any) -> dict[str, Any]:
     measured = list(layers)
-    found: dict[str, Any] = {"neurons": sum(values["fan_in"].size for values in measured)}
+    slopes: dict[str, Any] = {"neurons": sum(values["fan_in"].size for values in measured)}
     with np.errstate(divide="ignore"):  # the log of 0 is not finite, and does not count
         for name in QUANTITIES:
-            found[name] = pooled_slope(
+            slopes[name] = pooled_slope(
                 [(np.log(values["fan_in"]), np.log(values[name])) for values in measured]
             )
-    return found
+    return slopes
 
 
 def _check_steps(steps: Sequence[int], total: int) -> None:

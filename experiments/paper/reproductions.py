@@ -132,7 +132,7 @@ def settings_of(
             given = ",".join(map(str, epochs))
             raise ConfigError(f"--epochs={given}: {reproduction.name} takes one number")
         base = dataclasses.replace(base, epochs=epochs[0])
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     for variant in reproduction.variants:
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
@@ -142,13 +142,13 @@ def settings_of(
             if "warmup_epochs" not in overrides:
                 config = _with_shorter_warmup(reproduction, config)
             parts = [variant.name.format(epochs=config.epochs), *map(_part, point.items())]
-            found["-".join(filter(None, parts))] = Setting(parts[0], config)
-    whole = tuple(found.values())
+            settings["-".join(filter(None, parts))] = Setting(parts[0], config)
+    whole = tuple(settings.values())
     if varied:
-        found = _narrowed(reproduction, found, overrides)
+        settings = _narrowed(reproduction, settings, overrides)
     if _has_several_masks(reproduction):
-        found = _dense_apart(found, whole)
-    return _matching(reproduction, _once(found), patterns)
+        settings = _dense_apart(settings, whole)
+    return _matching(reproduction, _once(settings), patterns)
 
 
 def _with_shorter_warmup(reproduction: Reproduction, config: Config) -> Config:
@@ -229,31 +229,33 @@ def _dense_apart(settings: dict[str, Setting], whole: Sequence[Setting]) -> dict
     if not all("dense" in one.config.compare for one in settings.values()):
         return settings
     lengths = {one.config.epochs for one in settings.values()}
-    found: dict[str, Setting] = {}
+    with_dense: dict[str, Setting] = {}
     for one in whole:
         if one.config.epochs in lengths:
             config = dataclasses.replace(one.config, compare=("dense",))
             name = f"dense-{_part(('epochs', config.epochs))}"
-            found.setdefault(name, Setting(one.variant, config))
+            with_dense.setdefault(name, Setting(one.variant, config))
     for name, one in settings.items():
         sparse = tuple(method for method in one.config.compare if method != "dense")
         if sparse:
             config = dataclasses.replace(one.config, compare=sparse)
-            found[name] = dataclasses.replace(one, config=config)
-    return found
+            with_dense[name] = dataclasses.replace(one, config=config)
+    return with_dense
 
 
 def _once(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     """Settings without those that have the config of an earlier one."""
     first: dict[Config, str] = {}
-    found: dict[str, Setting] = {}
+    different: dict[str, Setting] = {}
     for name, one in settings.items():
         kept = first.setdefault(one.config, name)
         if kept == name:
-            found[name] = one
+            different[name] = one
         else:
-            found[kept] = dataclasses.replace(found[kept], same=(*found[kept].same, name))
-    return found
+            different[kept] = dataclasses.replace(
+                different[kept], same=(*different[kept].same, name)
+            )
+    return different
 
 
 def _matching(

@@ -178,14 +178,14 @@ def _parsed(name: str, text: str) -> Any:
 
 def _epochs(text: str) -> tuple[int, ...]:
     try:
-        found = tuple(dict.fromkeys(map(int, text.split(","))))
+        epochs = tuple(dict.fromkeys(map(int, text.split(","))))
     except ValueError:
-        found = (0,)
-    if min(found) < 1:
+        epochs = (0,)
+    if min(epochs) < 1:
         raise ConfigError(
             f"--epochs={text} must be integers of at least 1, separated by commas, e.g. 2 or 30,100"
         )
-    return found
+    return epochs
 
 
 def _settings(

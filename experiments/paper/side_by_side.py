@@ -49,15 +49,15 @@ class Quantity:
 
 def _percent(field: str) -> Callable[[Run], float | None]:
     def value(run: Run) -> float | None:
-        found = run.result.get(field)
-        return None if found is None else 100 * found
+        fraction = run.result.get(field)
+        return None if fraction is None else 100 * fraction
 
     return value
 
 
 def _last_eigenvalue(run: Run) -> float | None:
-    found = [line[1] for line in eigenvalues(run)]
-    return found[-1] if found else None
+    values = [line[1] for line in eigenvalues(run)]
+    return values[-1] if values else None
 
 
 _ACCURACY = Quantity(
@@ -86,13 +86,13 @@ def eigenvalues(run: Run) -> list[tuple[float, float, float]]:
     """
     lines = [line for line in run.metrics if line["kind"] == "train"]
     steps, rates = ([line[name] for line in lines] for name in ("step", "learning_rate"))
-    found = []
+    points = []
     for line in run.metrics:
         eigenvalue = line.get("hessian_top_eigenvalue")
         if line["kind"] == "diagnostics" and eigenvalue is not None and steps:
             rate = float(np.interp(line["step"], steps, rates))
-            found.append((line["epoch"], eigenvalue, 2 / max(rate, 1e-12)))
-    return found
+            points.append((line["epoch"], eigenvalue, 2 / max(rate, 1e-12)))
+    return points
 
 
 def rows_of(
@@ -118,12 +118,12 @@ def rows_of(
     for name, setting in settings.items():
         config = setting.config
         for method in config.methods():
-            found = {
+            by_seed = {
                 run.result["seed"]: value(run)
                 for run in runs.get(name, ())
                 if run.result["method"] == method
             }
-            values = {seed: number for seed, number in found.items() if number is not None}
+            values = {seed: number for seed, number in by_seed.items() if number is not None}
             group = (setting.variant, config.topology, config.sparsity, method)
             keys[group] = _key(setting, method)
             row = rows[(*group, config.epochs)] = _row(name, group, config.epochs)
@@ -175,7 +175,7 @@ def differences_of(rows: Sequence[Row]) -> list[Row]:
       whether that is `approximate`, and `ours` (`PairedStatistics` and `seeds`). Either of `paper`
       and `ours` may be None.
     """
-    found = []
+    differences = []
     for row in rows:
         if row["method"] not in _PAIRS:
             continue
@@ -187,7 +187,7 @@ def differences_of(rows: Sequence[Row]) -> list[Row]:
         other = (own or others)[0]
         ours = seed_statistics.compare(_by_seed(row), _by_seed(other))
         both = row["paper"] and other["paper"]
-        found.append(
+        differences.append(
             {name: row[name] for name in ("setting", "topology", "sparsity", "epochs", "cut_to")}
             | {"of": [row["variant"], row["method"]], "minus": [other["variant"], other["method"]]}
             | {
@@ -196,7 +196,7 @@ def differences_of(rows: Sequence[Row]) -> list[Row]:
                 "ours": None if ours is None else {"seeds": ours[0]} | dataclasses.asdict(ours[1]),
             }
         )
-    return [row for row in found if row["paper"] is not None or row["setting"] is not None]
+    return [row for row in differences if row["paper"] is not None or row["setting"] is not None]
 
 
 def _where(row: Row) -> tuple[Any, ...]:
@@ -288,8 +288,8 @@ def table(reproduction: Reproduction, rows: Sequence[Row]) -> str:
         cells.setdefault(name, {})[column] = (published, _mean(row["ours"], quantity.digits))
     lines = []
     for name, of_name in cells.items():
-        found = [of_name.get(column, ("-", "-")) for column in columns]
-        papers, ours = ([cell[i] for cell in found] for i in (0, 1))
+        pairs = [of_name.get(column, ("-", "-")) for column in columns]
+        papers, ours = ([cell[i] for cell in pairs] for i in (0, 1))
         if any(text != "-" for text in papers):
             lines.append([name, "paper", *papers])
             name = ""
@@ -356,9 +356,9 @@ def curve_table(curves: Sequence[Row], at_most: int = 12) -> str:
         methods = list(dict.fromkeys(row["method"] for row in rows))
         lines = []
         for epoch in (epochs[int(index)] for index in chosen):
-            found = {row["method"]: row for row in rows if row["epoch"] == epoch}
-            means = [_mean(found[one]["ours"], 1) if one in found else "-" for one in methods]
-            limit = next(iter(found.values()))["two_over_rate"]
+            at_epoch = {row["method"]: row for row in rows if row["epoch"] == epoch}
+            means = [_mean(at_epoch[one]["ours"], 1) if one in at_epoch else "-" for one in methods]
+            limit = next(iter(at_epoch.values()))["two_over_rate"]
             lines.append([f"{epoch:.3g}", *means, f"{limit:.4g}"])
         header = (f"{setting}: epoch", *methods, "2 / learning rate")
         parts.append(tables.columns(header, lines, longest=_LONGEST))

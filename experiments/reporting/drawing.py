@@ -85,11 +85,11 @@ def layers(look: Mapping[str, Style], thinnest: float = 1.3) -> dict[str, Layer]
       By name; solid lines lie lowest, then those with gaps, each thinner than the one below it.
     """
     lowest_first = sorted(look, key=lambda name: -_covered(look[name][1]))
-    found = {}
+    by_name = {}
     for place, name in enumerate(lowest_first):
         wider = 1.2 * (len(look) - 1 - place) / max(len(look) - 1, 1)
-        found[name] = Layer(2 + place / 100, thinnest + wider, 3 + 2 * wider)
-    return found
+        by_name[name] = Layer(2 + place / 100, thinnest + wider, 3 + 2 * wider)
+    return by_name
 
 
 def _covered(line: LineStyle) -> float:

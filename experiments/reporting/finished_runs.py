@@ -56,13 +56,13 @@ def load_run(folder: pathlib.Path) -> Run:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError as error:
             raise ConfigError(f"{path}: line {number} is not JSON: {error}") from error
-    return found
+    return lines
 
 
 def load_runs(workdir: str | os.PathLike[str]) -> list[Run]:
@@ -105,14 +105,14 @@ def diverged(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       what was said, without the run's name and advice.
     """
     folder = pathlib.Path(workdir)
-    found = [
+    runs = [
         {"method": content["method"], "seed": content["seed"], "message": _first_line(content)}
         for path in folder.glob("runs/*/diverged.json")
         if not (path.parent / "result.json").exists()
         for content in [read_json(path)]
     ]
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return sorted(found, key=lambda run: _position(config, run))
+    return sorted(runs, key=lambda run: _position(config, run))
 
 
 def _first_line(content: Mapping[str, Any]) -> str:
@@ -139,8 +139,8 @@ def is_sweep(folder: str | os.PathLike[str]) -> bool:
 
 def _work_folders(folder: pathlib.Path) -> list[str]:
     """Relative paths of the work folders in `folder` and one level below, sorted."""
-    found = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
-    return sorted(path.parent.relative_to(folder).as_posix() for path in found)
+    configs = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+    return sorted(path.parent.relative_to(folder).as_posix() for path in configs)
 
 
 def sweep_name(folder: str | os.PathLike[str]) -> str:
@@ -212,8 +212,8 @@ def load_settings(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[
     Returns:
       Setting -> its runs by method and seed; settings in the order of `names`.
     """
-    found = {name: _finished(pathlib.Path(folder) / name) for name in names}
-    return {name: runs for name, runs in found.items() if runs}
+    finished = {name: _finished(pathlib.Path(folder) / name) for name in names}
+    return {name: runs for name, runs in finished.items() if runs}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,8 +90,8 @@ def write_sweep_pictures(
     def draw(
         name: str, find: Callable[[Sequence[Run]], dict[str, Curve]], ylabel: str, **options: Any
     ) -> None:
-        found = {setting: find(runs) for setting, runs in sweep.items()}
-        panels = [(names[setting], methods) for setting, methods in found.items() if methods]
+        by_setting = {setting: find(runs) for setting, runs in sweep.items()}
+        panels = [(names[setting], methods) for setting, methods in by_setting.items() if methods]
         most = plots.MOST_PANELS
         for first in range(0, len(panels), most):
             file = f"{name}-{first // most + 1}.png" if first else f"{name}.png"
@@ -148,13 +148,13 @@ def _skews(runs: Iterable[Run], name: str, scale: float = 1) -> dict[str, Curve]
     """Angle or ratio of norms, the mean over the layers that have one, against epochs."""
 
     def of_run(run: Run) -> dict[float, float]:
-        found = {}
+        by_epoch = {}
         for line in run.metrics:
             layers = line.get("gradient_skew") or {}
             values = [layer[name] for layer in layers.values() if layer[name] is not None]
             if values:
-                found[line["epoch"]] = statistics.fmean(values)
-        return found
+                by_epoch[line["epoch"]] = statistics.fmean(values)
+        return by_epoch
 
     return _by_method(runs, of_run, scale)
 
@@ -168,12 +168,12 @@ def _by_method(
     runs: Iterable[Run], find: Callable[[Run], Mapping[float, float]], scale: float
 ) -> dict[str, Curve]:
     """What `find` has of each run by epoch: by method, at the epochs that all its runs have."""
-    found = {}
+    curves = {}
     for method, group in by_method(runs).items():
         curve = _stacked([find(run) for run in group], scale)
         if curve is not None:
-            found[method] = curve
-    return found
+            curves[method] = curve
+    return curves
 
 
 def _values(run: Run, kind: str, name: str) -> dict[float, float]:
@@ -182,13 +182,13 @@ def _values(run: Run, kind: str, name: str) -> dict[float, float]:
     return {line["epoch"]: line[name] for line in lines if line.get(name) is not None}
 
 
-def _stacked(found: Sequence[Mapping[float, float]], scale: float) -> Curve | None:
-    if not found:
+def _stacked(curves: Sequence[Mapping[float, float]], scale: float) -> Curve | None:
+    if not curves:
         return None
-    epochs = sorted(set(found[0]).intersection(*found))  # a log may have lost lines
+    epochs = sorted(set(curves[0]).intersection(*curves))  # a log may have lost lines
     if not epochs:
         return None
-    values = np.array([[of_run[epoch] for epoch in epochs] for of_run in found])
+    values = np.array([[of_run[epoch] for epoch in epochs] for of_run in curves])
     return Curve(np.array(epochs), scale * values)
 
 
@@ -198,14 +198,14 @@ def _differences(runs: Iterable[Run], kind: str, name: str, scale: float = 1) ->
         method: {run.result["seed"]: _values(run, kind, name) for run in group}
         for method, group in by_method(runs).items()
     }
-    found = {}
+    curves = {}
     for one, other in COMPARED:
         left, right = values.get(one, {}), values.get(other, {})
         pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
         curve = _stacked([{e: a[e] - b[e] for e in a.keys() & b.keys()} for a, b in pairs], scale)
         if curve is not None:
-            found[f"{one} - {other}"] = curve
-    return found
+            curves[f"{one} - {other}"] = curve
+    return curves
 
 
 def _flops(
@@ -234,9 +234,9 @@ def _flops(
     if not ends:
         ends = {(*task, _TOPOLOGIES["dense"]): {} for task in dense}
     panels = {}
-    for panel, found in ends.items():
+    for panel, of_panel in ends.items():
         methods: dict[str, list[list[Point]]] = {}
-        for (method, _), points in (dense.get(panel[:-1], {}) | found).items():
+        for (method, _), points in (dense.get(panel[:-1], {}) | of_panel).items():
             methods.setdefault(method, []).append(_line(points))
         panels[panel] = methods
     varying = [len(set(column)) > 1 for column in zip(*panels, strict=True)]
@@ -266,8 +266,8 @@ def _task(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _accuracy(run: Run) -> float | None:
-    found = run.result.get("test_accuracy")
-    return None if found is None else 100 * float(found)
+    accuracy = run.result.get("test_accuracy")
+    return None if accuracy is None else 100 * float(accuracy)
 
 
 def _end(group: Sequence[Run], find: Callable[[Run], float | None], label: str) -> Point | None:

@@ -83,11 +83,11 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     # 7 colours and 5 lines have no common divisor: all 35 pairs come before one comes again.
     pairs = [(next(colours), next(lines)) for _ in steps]
     further = itertools.cycle([pair for pair in pairs if pair not in taken])
-    found = {}
+    chosen = {}
     for name in dict.fromkeys(names):
         known = STYLES.get(name.split(" - ")[0])
-        found[name] = next(further) if known is None else known
-    return found
+        chosen[name] = next(further) if known is None else known
+    return chosen
 
 
 @drawn

@@ -86,8 +86,8 @@ def describe_given(values: Sequence[float | None]) -> dict[str, Any]:
     given = [value for value in values if value is not None]
     if not given:
         return {"n": 0, "mean": None, "std": None, "values": list(values)}
-    found = describe(given)
-    return {"n": found.n, "mean": found.mean, "std": found.std, "values": list(values)}
+    described = describe(given)
+    return {"n": described.n, "mean": described.mean, "std": described.std, "values": list(values)}
 
 
 def half_width(std: float, n: int) -> float:
@@ -123,19 +123,21 @@ def describe_differences(differences: Sequence[float]) -> PairedStatistics:
       ValueError: there is no difference.
 
     Example:
-      >>> found = describe_differences([0.03, 0.01, 0.05])
-      >>> round(found.mean, 4), round(found.p, 4)
+      >>> gain = describe_differences([0.03, 0.01, 0.05])
+      >>> round(gain.mean, 4), round(gain.p, 4)
       (0.03, 0.1217)
     """
-    found = describe(differences)
+    described = describe(differences)
     p = None
-    if found.std is not None:
-        if found.std == 0:
-            p = 0.0 if found.mean else 1.0
+    if described.std is not None:
+        if described.std == 0:
+            p = 0.0 if described.mean else 1.0
         else:
-            t = abs(found.mean) * math.sqrt(found.n) / found.std
-            p = 2 * float(scipy.stats.t.sf(t, found.n - 1))
-    return PairedStatistics(found.n, found.mean, found.std, found.ci95, p, tuple(differences))
+            t = abs(described.mean) * math.sqrt(described.n) / described.std
+            p = 2 * float(scipy.stats.t.sf(t, described.n - 1))
+    return PairedStatistics(
+        described.n, described.mean, described.std, described.ci95, p, tuple(differences)
+    )
 
 
 def compare(

@@ -90,11 +90,11 @@ def sweep_tables(summary: Row) -> str:
             rows = {
                 name: row["paired"].get(pair, {}).get(quantity) for name, row in settings.items()
             }
-            found = {name: row for name, row in rows.items() if row is not None}
-            if found:
+            known = {name: row for name, row in rows.items() if row is not None}
+            if known:
                 scale, digits = (100, 2) if quantity == "test_accuracy" else (1, 4)
                 parts.append(
-                    f"{pair}, paired by seed: {words}\n{_differences(found, scale, digits)}"
+                    f"{pair}, paired by seed: {words}\n{_differences(known, scale, digits)}"
                 )
     notes = [
         "± is the sample standard deviation over seeds, CI the 95 % confidence interval of a mean",
@@ -323,19 +323,20 @@ def unfinished(settings: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def _environment(found: Mapping[str, Sequence[Any]]) -> list[str]:
+def _environment(environment: Mapping[str, Sequence[Any]]) -> list[str]:
     """Where the runs were made, and a warning where not all were made alike."""
-    if not found:
+    if not environment:
         return []
-    changed = ", with uncommitted changes" if True in found.get("git_dirty", ()) else ""
-    jax = dict.fromkeys(str(versions.get("jax")) for versions in found.get("versions", ()))
+    changed = ", with uncommitted changes" if True in environment.get("git_dirty", ()) else ""
+    jax = dict.fromkeys(str(versions.get("jax")) for versions in environment.get("versions", ()))
+    commits = [str(commit)[:10] for commit in environment.get("git_commit", ())]
     words = [
-        f"commit {', '.join(str(commit)[:10] for commit in found.get('git_commit', ()))}{changed}",
+        f"commit {', '.join(commits)}{changed}",
         f"jax {', '.join(jax)}",
-        f"device {', '.join(map(str, found.get('device_kind', ())))}",
+        f"device {', '.join(map(str, environment.get('device_kind', ())))}",
     ]
     text = f"Runs of {'; '.join(words)}."
-    differing = [name for name, values in found.items() if len(values) > 1]
+    differing = [name for name, values in environment.items() if len(values) > 1]
     if differing:
         text += f"\nNot the same in all runs: {', '.join(differing)} (see summary.json)."
     return [text]

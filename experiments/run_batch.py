@@ -1,6 +1,6 @@
 """Runs that train together: one by itself (`Single`), or several in one program (`batched`).
 
-A `Run` drives a group and knows nothing of how many runs are in it: what a group measures comes as
+A `Run` drives a run batch and knows nothing of how many runs are in it: what it measures comes as
 one entry a member, and its steps' metrics as arrays whose last axes are the members'.
 """
 
@@ -20,7 +20,7 @@ from experiments.stepping import Stepper
 
 
 class Member(NamedTuple):
-    """A run of a group: the config of its method alone, and its seed."""
+    """A run of a run batch: the config of its method alone, and its seed."""
 
     config: Config
     seed: int
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 
 class Steps(Protocol):
-    """Takes the training steps of a group; see `stepping.Stepper`."""
+    """Takes the training steps of a run batch; see `stepping.Stepper`."""
 
     @property
     def step(self) -> int:
@@ -63,7 +63,7 @@ class Steps(Protocol):
         """Stops what reads ahead."""
 
 
-class Group(Protocol):
+class RunBatch(Protocol):
     """Runs that start, step and stop together.
 
     Attributes:
@@ -117,7 +117,7 @@ class Group(Protocol):
 
 
 class Single:
-    """One run by itself, on any mesh and any data; a `Group` of one."""
+    """One run by itself, on any mesh and any data; a `RunBatch` of one."""
 
     def __init__(
         self, member: Member, model: ModelPrograms, programs: MethodPrograms, dataset: data.Data
@@ -139,50 +139,50 @@ class Single:
         self.mask_shapes = self.masks(self.shapes)
 
     def start(self) -> Any:
-        """As `Group.start`."""
+        """As `RunBatch.start`."""
         seed = np.int32(self.members[0].seed)
         return self.programs.start(*self.model.init(seed), seed)
 
     def stepper(self, step: int) -> Stepper:
-        """As `Group.stepper`."""
+        """As `RunBatch.stepper`."""
         return Stepper(self.programs, self._dataset, self.members[0].seed, step)
 
     def masks(self, state: Any) -> Any:
-        """As `Group.masks`."""
+        """As `RunBatch.masks`."""
         return sx.get_masks(state.opt_state) if self._sparse else {}
 
     def measure(self, state: Any, earlier: Any) -> tuple[list[Measured], Any]:
-        """As `Group.measure`."""
+        """As `RunBatch.measure`."""
         if not self._sparse:
             return [Measured(sum(self.model.layers.values()), None, None)], {}
         active, churn, itop_rate, masks = self.programs.measure(state.opt_state, earlier)
         return [Measured(int(active), float(churn), float(itop_rate))], masks
 
     def evaluate(self, state: Any, batch: data.EvalBatch) -> tuple[jax.Array, ...]:
-        """As `Group.evaluate`."""
-        found: tuple[jax.Array, ...] = self.model.evaluate(state.params, state.batch_stats, batch)
-        return found
+        """As `RunBatch.evaluate`."""
+        sums: tuple[jax.Array, ...] = self.model.evaluate(state.params, state.batch_stats, batch)
+        return sums
 
     def diagnose(self, state: Any, batch: data.Split) -> list[dict[str, Any]]:
-        """As `Group.diagnose`."""
+        """As `RunBatch.diagnose`."""
         return [jax.device_get(self.programs.diagnose(state, *batch))]
 
     def sharpness(self, state: Any, batch: data.Split) -> list[dict[str, Any]]:
-        """As `Group.sharpness`."""
+        """As `RunBatch.sharpness`."""
         return [jax.device_get(self.programs.sharpness(state, *batch))]
 
     def params_of(self, state: Any, index: int) -> Any:
-        """As `Group.params_of`."""
-        return distributed.whole(state.params)
+        """As `RunBatch.params_of`."""
+        return distributed.to_host(state.params)
 
     def masks_of(self, state: Any, index: int) -> Any:
-        """As `Group.masks_of`."""
-        return distributed.whole(self.masks(state)) if self._sparse else None
+        """As `RunBatch.masks_of`."""
+        return distributed.to_host(self.masks(state)) if self._sparse else None
 
     def learning_rate(self, step: int) -> float:
-        """As `Group.learning_rate`."""
+        """As `RunBatch.learning_rate`."""
         return float(self.programs.learning_rate(step))
 
     def locate(self, stepper: Any, state: Any, last_step: int) -> str:
-        """As `Group.locate`."""
+        """As `RunBatch.locate`."""
         return divergence.locate(self.programs, stepper, state, last_step)
