@@ -18,6 +18,7 @@ import sparseopt_jax as sx
 from experiments import build, data, metrics
 from experiments import mesh as meshes
 from experiments.config import Config
+from sparseopt_jax.flops import ModelFLOPs
 from sparseopt_jax.flops import flops as count_flops
 
 SEED = meshes.struct((), jnp.int32)
@@ -268,15 +269,7 @@ def flops_per_example(
       `forward_dense`, `forward` with the masks, and `training`: of a training step, averaged over
       the steps between topology updates.
     """
-
-    def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
-        variables = {"params": params, "batch_stats": batch_stats}
-        outputs: jax.Array = model.module.apply(variables, image, train=False)
-        return outputs
-
-    params, batch_stats = model.weights
-    image = meshes.struct((1, *dataset.image_shape), jnp.float32)
-    counted = count_flops(logits, params, masks, batch_stats, image)
+    counted = count_forward(dataset, model, masks)
     topology = None
     if config.topology != "dense":
         topology = build.make_topology(config, data.steps_per_epoch(config, dataset))
@@ -285,6 +278,25 @@ def flops_per_example(
         "forward": float(counted.sparse),
         "training": counted.training(topology),
     }
+
+
+def count_forward(dataset: data.Shapes, model: ModelFunctions, masks: Any) -> ModelFLOPs:
+    """FLOPs of one example's forward pass, by layer.
+
+    Args:
+      dataset: gives shapes.
+      model: what `model_functions` returned.
+      masks: as `sx.flops` takes them: bool arrays on the host, densities by path, or None.
+    """
+
+    def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs: jax.Array = model.module.apply(variables, image, train=False)
+        return outputs
+
+    params, batch_stats = model.weights
+    image = meshes.struct((1, *dataset.image_shape), jnp.float32)
+    return count_flops(logits, params, masks, batch_stats, image)
 
 
 def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:

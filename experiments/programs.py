@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -35,7 +36,10 @@ from experiments.functions import (
 
 @contextlib.contextmanager
 def kept_in(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps what is compiled in the body in `folder/compilation_cache`, for the next start.
+    """Keeps what is compiled in the body in a `compilation_cache`, for the next start.
+
+    Folders in `runs`, where they are by default, share `runs/compilation_cache`, so that the same
+    config compiles nothing in a new folder either. Any other folder has a cache of its own.
 
     JAX's persistent compilation cache holds all of it, also what compiles quickly: a run that goes
     on compiles nothing, and runs the very programs that it ran before. Where the user has a cache
@@ -48,8 +52,9 @@ def kept_in(folder: pathlib.Path) -> Iterator[None]:
     if getattr(jax.config, place) is not None:
         yield
         return
+    folder, shared = folder.absolute(), pathlib.Path("runs").absolute()
     settings = {
-        place: str(folder.absolute() / "compilation_cache"),
+        place: str((shared if folder.parent == shared else folder) / "compilation_cache"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -134,15 +139,27 @@ def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
     """
     begin = time.monotonic()
     functions = model_functions(config, dataset)
+    with ThreadPoolExecutor(1) as pool:
+        evaluate = pool.submit(lambda: lower_evaluate(functions, dataset.mesh).compile())
+        init = compile_init(functions, dataset.mesh)
     return ModelPrograms(
         functions=functions,
-        init=compile_fast(
-            dataset.mesh, functions.init, SEED, out_shardings=shardings(functions.weights)
-        ),
-        evaluate=lower_evaluate(functions, dataset.mesh).compile(),
+        init=init,
+        evaluate=evaluate.result(),
         layers=functions.layers,
         seconds=time.monotonic() - begin,
     )
+
+
+def compile_init(functions: ModelFunctions, mesh: Mesh) -> Callable[..., Any]:
+    """A seed's initial weights, compiled."""
+    return compile_fast(mesh, functions.init, SEED, out_shardings=shardings(functions.weights))
+
+
+def compile_start(model: ModelFunctions, method: MethodFunctions, mesh: Mesh) -> Callable[..., Any]:
+    """A run's first state from its initial weights, compiled."""
+    out = shardings(method.state)
+    return compile_fast(mesh, method.start, *model.weights, SEED, out_shardings=out)
 
 
 def lower_evaluate(functions: ModelFunctions, mesh: Mesh) -> Any:
@@ -195,9 +212,7 @@ def compile_method(config: Config, dataset: data.Data, model: ModelPrograms) -> 
     steps_per_call = choose_steps_per_call(config, dataset)
     return MethodPrograms(
         functions=functions,
-        start=compile_fast(
-            mesh, functions.start, *model.functions.weights, SEED, out_shardings=shardings(state)
-        ),
+        start=compile_start(model.functions, functions, mesh),
         step=lower_step(model.functions, functions, mesh).compile(),
         steps=_compile_steps(dataset, functions, steps_per_call) if steps_per_call > 1 else None,
         steps_per_call=steps_per_call,

@@ -8,6 +8,7 @@ command, with a folder that they share.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -15,8 +16,8 @@ import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NoReturn
 
 import jax
@@ -38,7 +39,6 @@ from experiments.checkpoint import CheckpointError
 from experiments.config import Config, ConfigError
 from experiments.divergence import DivergedError
 from experiments.programs import (
-    MethodPrograms,
     ModelPrograms,
     choose_steps_per_call,
     compile_method,
@@ -52,16 +52,22 @@ from experiments.run_batch import Member, RunBatch, Single
 from experiments.stopping import StopRequests
 from experiments.terminal import tolerant_output
 
+Report = Callable[[Config, pathlib.Path, data.Data], str]
+"""Reports on the finished runs of a config in a work folder, which its data were loaded for."""
+
 _MANY = 10**6  # steps an epoch, for which no setting is too large
 
 
-def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None:
+def train_grid(
+    config: Config, folder: pathlib.Path, stop: StopRequests, further: Report | None = None
+) -> None:
     """Does all runs of a config that `folder` does not hold yet, then reports on all of them.
 
     Args:
       config: what to train.
       folder: where everything goes; made where there is none.
       stop: says when to stop.
+      further: reports on more, on every process; what it returns is said after the report.
 
     Raises:
       CheckpointError: a checkpoint cannot be written.
@@ -89,6 +95,9 @@ def train_grid(config: Config, folder: pathlib.Path, stop: StopRequests) -> None
             train_missing(config, folder, todo, dataset, progress, stop)
         if distributed.is_main():
             say("\n" + report.report(folder))
+        if further is not None:
+            say("\n" + further(config, folder, dataset) + "\n")
+        if distributed.is_main():
             for name in ("result.json", "metrics.jsonl", "config.json"):
                 say(str(folder / name))
             say(f"\nrun folder: {folder}")
@@ -213,7 +222,8 @@ def train_missing(
         with progress.doing(f"{prefix}compiling {config.model}", printed=True):
             model = compile_model(config, dataset)
         make = _batched if batches_runs(config, dataset) else _singles
-        train_all(make(config, folder, todo, dataset, model))
+        with contextlib.closing(make(config, folder, todo, dataset, model)) as run_batches:
+            train_all(run_batches)
     if main:
         workdir.merge_metrics(folder)  # it may have been stopped just before
         workdir.merge_results(folder)
@@ -243,7 +253,7 @@ def name_of(run_batch: RunBatch) -> str:
     return f"{', '.join(methods)} seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
 
 
-RunBatches = Iterator[tuple[RunBatch, pathlib.Path]]
+RunBatches = Generator[tuple[RunBatch, pathlib.Path], None, None]
 """Run batches, and where the checkpoints of each go."""
 
 
@@ -254,14 +264,21 @@ def _singles(
     dataset: data.Data,
     model: ModelPrograms,
 ) -> RunBatches:
-    programs = _compile_methods(
-        {m: config.for_method(m) for m in config.methods() if any(m == n for n, _ in todo)},
-        lambda method_config: compile_method(method_config, dataset, model),
-    )
-    for method, seed in todo:
-        member = Member(config.for_method(method), seed)
-        run_batch = Single(member, model, programs[method], dataset)
-        yield run_batch, workdir.run_folder(folder, method, seed) / "checkpoints"
+    """One by one; on a CPU a run trains while the methods of later ones are compiled."""
+    methods = [m for m in config.methods() if any(m == n for n, _ in todo)]
+    pool = ThreadPoolExecutor(os.cpu_count())  # each compilation takes one core
+    try:
+        programs = {
+            m: pool.submit(compile_method, config.for_method(m), dataset, model) for m in methods
+        }
+        if not on_cpu(dataset.mesh):  # compilers try programs out, on a device that is free
+            wait(programs.values())
+        for method, seed in todo:
+            member = Member(config.for_method(method), seed)
+            run_batch = Single(member, model, programs[method].result(), dataset)
+            yield run_batch, workdir.run_folder(folder, method, seed) / "checkpoints"
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _batched(
@@ -289,35 +306,35 @@ def devices(dataset: data.Data) -> str:
     return text if processes == 1 else f"{text}, {processes} processes"
 
 
-def _compile_methods(
-    configs: Mapping[str, Config], compile_one: Callable[[Config], MethodPrograms]
-) -> dict[str, MethodPrograms]:
-    """Compiles methods side by side, since each compilation takes one core."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        futures = {method: pool.submit(compile_one, c) for method, c in configs.items()}
-        return {method: future.result() for method, future in futures.items()}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 @tolerant_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, in processes that have found each other; returns its exit code (`guarded`)."""
+    return command("experiments.train", sys.argv[1:] if argv is None else argv)
+
+
+def command(name: str, argv: Sequence[str], further: Report | None = None) -> int:
+    """A command that trains a config's grid.
+
+    Args:
+      name: its module.
+      argv: its arguments.
+      further: as `train_grid` takes it.
+
+    Returns:
+      Its exit code (`guarded`).
+    """
     asked: command_line.CommandLine | None = None
 
     def body(stop: StopRequests) -> None:
         nonlocal asked
-        asked = command_line.parse(sys.argv[1:] if argv is None else argv)
+        asked = command_line.parse(argv)
         try:
             with stop:
-                train_grid(asked.config, asked.workdir, stop)
+                train_grid(asked.config, asked.workdir, stop, further)
         except ConfigError as error:
-            raise corrections.with_command(error, "experiments.train", asked.words) from error
+            raise corrections.with_command(error, name, asked.words) from error
 
-    return guarded(
-        body, lambda: f"python -m experiments.train {shlex.join(asked.words) if asked else ''}"
-    )
+    return guarded(body, lambda: f"python -m {name} {shlex.join(asked.words) if asked else ''}")
 
 
 def guarded(body: Callable[[StopRequests], None], again: Callable[[], str]) -> int:
