@@ -22,7 +22,7 @@ BENCH  := bench.jsonl
 .PHONY: demo test test-library test-fast test-newest lint bench format clean
 
 demo: $(RUN)
-	$(BIN)/python -m experiments.train --config=experiments/configs/digits.py
+	$(BIN)/python -m experiments.demo
 
 test: lint
 	$(PYTEST)

@@ -7,7 +7,9 @@ for the devices at hand, `compile_check` for devices that are not there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +47,8 @@ class ModelFunctions:
       weights: shapes of params and batch_stats.
       batch: shapes of images and labels of a training batch.
       layers: sizes of the layers that can have masks, by path, in the model's order.
+      count_forward: (active weights by path, as sorted items) -> FLOPs of one example's forward
+        pass, by the conventions of `sx.flops`; other layers are dense. It is counted once.
     """
 
     module: Any
@@ -53,6 +57,7 @@ class ModelFunctions:
     weights: tuple[Any, Any]
     batch: data.Split
     layers: dict[str, int]
+    count_forward: Callable[[tuple[tuple[str, int], ...]], ModelFLOPs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +133,20 @@ def model_functions(config: Config, dataset: data.Shapes) -> ModelFunctions:
     )
     params = meshes.abstract(params, meshes.param_shardings(mesh, params))
     batch_stats = meshes.abstract(batch_stats, meshes.replicated(mesh))
-    return ModelFunctions(module, init, evaluate, (params, batch_stats), batch, layers)
+
+    @functools.cache
+    def count_forward(active: tuple[tuple[str, int], ...]) -> ModelFLOPs:
+        def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
+            variables = {"params": params, "batch_stats": batch_stats}
+            outputs: jax.Array = module.apply(variables, image, train=False)
+            return outputs
+
+        image = meshes.struct((1, *dataset.image_shape), jnp.float32)
+        densities = {path: Fraction(number, layers[path]) for path, number in active}
+        return count_flops(logits, params, densities, batch_stats, image)
+
+    weights = params, batch_stats
+    return ModelFunctions(module, init, evaluate, weights, batch, layers, count_forward)
 
 
 def method_functions(
@@ -257,7 +275,7 @@ def method_functions(
 def flops_per_example(
     config: Config, dataset: data.Shapes, model: ModelFunctions, masks: Any
 ) -> dict[str, float]:
-    """FLOPs that one example costs, by the conventions of `sx.flops`.
+    """FLOPs that one example costs, see `ModelFunctions.count_forward`.
 
     Args:
       config: the config of a method alone.
@@ -269,7 +287,9 @@ def flops_per_example(
       `forward_dense`, `forward` with the masks, and `training`: of a training step, averaged over
       the steps between topology updates.
     """
-    counted = count_forward(dataset, model, masks)
+    leaves = {} if masks is None else metrics.path_leaves(masks)
+    active = {path: int(leaves[path].sum()) for path in model.layers if path in leaves}
+    counted = model.count_forward(tuple(sorted(active.items())))
     topology = None
     if config.topology != "dense":
         topology = build.make_topology(config, data.steps_per_epoch(config, dataset))
@@ -278,25 +298,6 @@ def flops_per_example(
         "forward": float(counted.sparse),
         "training": counted.training(topology),
     }
-
-
-def count_forward(dataset: data.Shapes, model: ModelFunctions, masks: Any) -> ModelFLOPs:
-    """FLOPs of one example's forward pass, by layer.
-
-    Args:
-      dataset: gives shapes.
-      model: what `model_functions` returned.
-      masks: as `sx.flops` takes them: bool arrays on the host, densities by path, or None.
-    """
-
-    def logits(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
-        variables = {"params": params, "batch_stats": batch_stats}
-        outputs: jax.Array = model.module.apply(variables, image, train=False)
-        return outputs
-
-    params, batch_stats = model.weights
-    image = meshes.struct((1, *dataset.image_shape), jnp.float32)
-    return count_flops(logits, params, masks, batch_stats, image)
 
 
 def _keys(seed: jax.Array) -> tuple[jax.Array, jax.Array]:

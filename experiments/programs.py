@@ -83,14 +83,12 @@ class ModelPrograms:
       evaluate: (params, batch_stats, EvalBatch) -> number of examples, number correct, sum of
         losses.
       layers: sizes of the layers that can have masks, by path, in the model's order.
-      seconds: how long the compilation took.
     """
 
     functions: ModelFunctions
     init: Callable[..., Any]
     evaluate: Callable[..., Any]
     layers: dict[str, int]
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +126,7 @@ class MethodPrograms:
 
 
 def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
-    """Compiles initial weights and evaluation.
+    """Compiles initial weights and evaluation, on a CPU beside what is done next.
 
     Args:
       config: names the model and the batch size.
@@ -137,17 +135,16 @@ def compile_model(config: Config, dataset: data.Data) -> ModelPrograms:
     Returns:
       The compiled programs.
     """
-    begin = time.monotonic()
-    functions = model_functions(config, dataset)
-    with ThreadPoolExecutor(1) as pool:
-        evaluate = pool.submit(lambda: lower_evaluate(functions, dataset.mesh).compile())
-        init = compile_init(functions, dataset.mesh)
+    functions, mesh = model_functions(config, dataset), dataset.mesh
+    pool = ThreadPoolExecutor(1)
+    init = pool.submit(compile_init, functions, mesh)
+    evaluate = pool.submit(lambda: lower_evaluate(functions, mesh).compile())
+    pool.shutdown(wait=not on_cpu(mesh))  # other compilers try programs out on a device
     return ModelPrograms(
         functions=functions,
-        init=init,
-        evaluate=evaluate.result(),
+        init=lambda *arguments: init.result()(*arguments),
+        evaluate=lambda *arguments: evaluate.result()(*arguments),
         layers=functions.layers,
-        seconds=time.monotonic() - begin,
     )
 
 

@@ -266,12 +266,14 @@ def _singles(
 ) -> RunBatches:
     """One by one; on a CPU a run trains while the methods of later ones are compiled."""
     methods = [m for m in config.methods() if any(m == n for n, _ in todo)]
-    pool = ThreadPoolExecutor(os.cpu_count())  # each compilation takes one core
+    # Each compilation takes a core, of which one is left to the runs.
+    cores, cpu = os.cpu_count() or 1, on_cpu(dataset.mesh)
+    pool = ThreadPoolExecutor(max(1, cores - cpu))
     try:
         programs = {
             m: pool.submit(compile_method, config.for_method(m), dataset, model) for m in methods
         }
-        if not on_cpu(dataset.mesh):  # compilers try programs out, on a device that is free
+        if not cpu:  # other compilers try programs out, on a device that should be free
             wait(programs.values())
         for method, seed in todo:
             member = Member(config.for_method(method), seed)
