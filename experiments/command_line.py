@@ -77,9 +77,9 @@ def _files() -> list[pathlib.Path]:
     return [path for path in _CONFIGS.glob("*.py") if path.name != "__init__.py"]
 
 
-def _parser(argv: Sequence[str]) -> Parser:
+def _parser(argv: Sequence[str], module: str) -> Parser:
     parser = Parser(
-        prog="python -m experiments.train",
+        prog=f"python -m {module}",
         description="Trains one experiment; started again with the same folder, it continues.",
         allow_abbrev=False,
     )
@@ -170,11 +170,12 @@ def override_texts(given: argparse.Namespace) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def parse(argv: Sequence[str]) -> CommandLine:
+def parse(argv: Sequence[str], module: str = "experiments.train") -> CommandLine:
     """Reads the command line.
 
     Args:
       argv: the arguments, without the program's name.
+      module: that of the command, for its help.
 
     Returns:
       The resolved config and its folder, which is not created yet.
@@ -186,7 +187,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
       >>> parse(["--config=experiments/configs/digits.py", "--config.seeds=1"]).config.seeds
       1
     """
-    given, unknown = _parser(argv).parse_known_args(list(argv))
+    given, unknown = _parser(argv, module).parse_known_args(list(argv))
     if unknown:
         raise ConfigError(unknown_argument(unknown[0], ("--config", "--workdir")))
     if given.config is None:

@@ -329,7 +329,7 @@ def command(name: str, argv: Sequence[str], further: Report | None = None) -> in
 
     def body(stop: StopRequests) -> None:
         nonlocal asked
-        asked = command_line.parse(argv)
+        asked = command_line.parse(argv, name)
         try:
             with stop:
                 train_grid(asked.config, asked.workdir, stop, further)

@@ -9,7 +9,8 @@
     metrics.jsonl          the lines of all finished runs
     result.json            final metrics and digests of all runs, summary, environment
     accuracy.png, loss.png, fan_in.png
-    compilation_cache/     compiled programs, see `programs.kept_in`; may be deleted
+    compilation_cache/     compiled programs, see `programs.kept_in`; may be deleted; beside the
+                           folder where that is in `runs`
 
 Only a run's own folder is written to while it trains; everything else is made from finished runs,
 whole or not at all. What an interrupted run's log has beyond its last checkpoint is dropped when

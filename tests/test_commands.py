@@ -13,6 +13,7 @@ import rich.console
 from experiments import (
     command_line,
     compile_check,
+    demo,
     flops,
     loggers,
     prepare,
@@ -139,6 +140,7 @@ def test_every_path_may_begin_with_the_home_folder(home, monkeypatch, capsys):
     ("main", "words"),
     [
         (train.main, ["--config=experiments/configs/digits.py"]),
+        (demo.main, []),
         (reproduce.main, ["itop"]),
         (soak.main, []),
     ],
