@@ -2,6 +2,9 @@
 
 from types import ModuleType as _ModuleType
 
+from sparseopt_jax.compact import load_compact as load_compact
+from sparseopt_jax.compact import load_compact_masks as load_compact_masks
+from sparseopt_jax.compact import save_compact as save_compact
 from sparseopt_jax.constraints import keep_params_masked as keep_params_masked
 from sparseopt_jax.constraints import zero_inactive as zero_inactive
 from sparseopt_jax.criteria import Momentum as Momentum
