@@ -271,6 +271,43 @@ class Checkpoints:
         distributed.all_succeeded(True)  # the others wait until they are gone
 
 
+def read_arrays(folder: pathlib.Path, step: int) -> Any:
+    """The arrays of one checkpoint, without the model and the optimizer that they are of.
+
+    Args:
+      folder: that of the checkpoints.
+      step: the checkpoint's.
+
+    Returns:
+      NumPy's arrays, in dicts and lists.
+
+    Raises:
+      CheckpointError: it is not there, or damaged.
+    """
+    path = (folder / str(step)).absolute()  # orbax takes no other
+    what = f"the checkpoint of step {step} in {folder}"
+    if not path.is_dir():
+        raise CheckpointError(f"{what} is missing")
+    _silence()
+    try:
+        described = ocp.checkpointables_metadata(path)
+        expected = described.custom_metadata["fingerprint"]
+        shapes = jax.tree.map(
+            lambda leaf: np.empty(leaf.shape, leaf.dtype), described.metadata["arrays"]
+        )
+        arrays = ocp.load_checkpointables(path, {"arrays": shapes})["arrays"]
+    except Exception as error:  # damaged files raise errors of many kinds
+        raise CheckpointError(f"{what} is damaged: {_reason(error)}") from error
+    # On the disk a named tuple is a dict, whose leaves come in the order of their names.
+    if _by_leaf(fingerprint(arrays)) != _by_leaf(expected):
+        raise CheckpointError(f"{what} is damaged: its arrays are not those that were saved")
+    return arrays
+
+
+def _by_leaf(fingerprint: str) -> list[str]:
+    return sorted(fingerprint[i : i + 8] for i in range(0, len(fingerprint), 8))
+
+
 def _digest(notes: Mapping[str, Any]) -> str:
     """Of all notes but the digest itself."""
     others = {name: value for name, value in notes.items() if name != "sha256"}

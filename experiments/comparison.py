@@ -9,11 +9,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from experiments import metrics
+from experiments import checkpoint, metrics
 
 _TIMING = ("timing", "environment", "examples_per_second", "step_seconds", "data_wait_seconds")
 """What may differ between two runs that are the same."""
@@ -134,18 +132,16 @@ def _checkpoint_difference(
         newest.append(max((int(name) for name in names if name.isdecimal()), default=0))
     if newest[0] != newest[1]:
         return f"{other}: the newest checkpoint is that of step {newest[1]}, not {newest[0]}"
-    ours, theirs = (_load(folder / "checkpoints" / str(newest[0])) for folder in (one, other))
+    try:
+        ours, theirs = (
+            metrics.path_leaves(checkpoint.read_arrays(folder / "checkpoints", newest[0]))
+            for folder in (one, other)
+        )
+    except checkpoint.CheckpointError as error:
+        return str(error)
     counts["arrays"] += len(ours)
     counts["bytes"] += sum(array.nbytes for array in ours.values())
     return _arrays_difference(ours, theirs, f"the checkpoint of step {newest[0]}")
-
-
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint as they are on the disk, without any of the training code."""
-    path = path.absolute()  # orbax takes no other
-    described = ocp.checkpointables_metadata(path).metadata["arrays"]
-    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), described)
-    return metrics.path_leaves(ocp.load_checkpointables(path, {"arrays": shapes})["arrays"])
 
 
 def _arrays_difference(

@@ -1,6 +1,7 @@
 """Methods and seeds in one program: equal to the same runs one by one, and as interruptible."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import batched, report, sweep, train, workdir
+import sparseopt_jax as sx
+from experiments import batched, export, metrics, report, sweep, train, workdir
 from experiments.config import Config
 from tests.train_runs import (
     compiled_once,
@@ -98,6 +100,21 @@ def test_every_run_of_the_batch_is_a_run_of_its_own(together):
     ]
     assert len({run.result["state_sha256"] for run in runs}) == 6
     assert {run.result["environment"]["backend"] for run in runs} == {"cpu"}
+
+
+def test_every_run_can_be_exported_bit_for_bit(alone, together, tmp_path, capsys):
+    """The digests of what the files hold are those that the runs left."""
+    for folder, run in itertools.product((alone, together), METHODS):
+        path, file = folder / "runs" / f"{run}-seed1", tmp_path / f"{folder.parent.name}-{run}"
+        assert export.main([str(path), f"--to={file}"]) == 0
+        result = metrics.read_json(path / "result.json")
+        variables = sx.load_compact(file)
+        dense = result["density"] == 1
+        masks = None if dense else sx.load_compact_masks(file)["params"]
+        assert metrics.state_sha256(variables["params"], masks) == result["state_sha256"]
+        assert variables["batch_stats"].keys() == {"norm0"}
+        kept = result["parameters"] - result["maskable_weights"] + result["active_weights"]
+        assert f"{kept:,} of {result['parameters']:,} parameters" in capsys.readouterr().out
 
 
 def test_stopped_in_the_middle_it_goes_on_bit_for_bit(together, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import comparison, soak
-from experiments.checkpoint import Checkpoints
+from experiments import comparison, metrics, soak
+from experiments.checkpoint import Checkpoints, read_arrays
 from experiments.config import ConfigError
 
 # 11 steps an epoch; 275 steps, evaluations at the epochs 9, 18 and 25.
@@ -81,7 +81,7 @@ def edit_lines(path, change):
 
 def edit_array(folder):
     """Another sign for one element of the momentum, in the newest checkpoint."""
-    found = comparison._load(folder / str(STEPS))
+    found = metrics.path_leaves(read_arrays(folder, STEPS))
     (name,) = [name for name in found if name.endswith("trace/dense1/kernel")]
     index = tuple(np.argwhere(found[name])[0])
     found[name][index] = -found[name][index]
