@@ -112,7 +112,7 @@ def test_every_run_can_be_exported_bit_for_bit(alone, together, tmp_path, capsys
         dense = result["density"] == 1
         masks = None if dense else sx.load_compact_masks(file)["params"]
         assert metrics.state_sha256(variables["params"], masks) == result["state_sha256"]
-        assert variables["batch_stats"].keys() == {"norm0"}
+        assert variables["batch_stats"].keys() == {"norm0", "norm1"}
         kept = result["parameters"] - result["maskable_weights"] + result["active_weights"]
         assert f"{kept:,} of {result['parameters']:,} parameters" in capsys.readouterr().out
 
