@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
+from sparseopt_jax.dead_neurons import Chain, Layer
 from sparseopt_jax.models import layers
 from sparseopt_jax.settings import as_int
 
@@ -87,6 +88,26 @@ class MLP(nn.Module):
         self.num_classes = as_int("num_classes", self.num_classes, at_least=1)
         layers.check_common(self.dtype, self.param_dtype, self.kernel_init)
         super().__post_init__()
+
+    def neuron_chains(self) -> tuple[Chain, ...]:
+        """All layers in a row, for ``sx.remove_dead_neurons``.
+
+        Raises:
+          ValueError: layer normalisation computes with all neurons, so that none can go.
+        """
+        if self.norm == "layer":
+            raise ValueError(
+                "model has norm='layer', whose mean and variance are over all neurons of a layer:"
+                " without one of them the others would have other outputs"
+            )
+        norms = [f"norm{i}" if self.norm == "batch" else None for i in range(len(self.features))]
+        hidden = (Layer(f"dense{i}", norm) for i, norm in enumerate(norms))
+        return ((*hidden, Layer("head", None)),)
+
+    def with_inner_widths(self, widths: Sequence[Sequence[int]]) -> MLP:
+        """The same model with other ``features``, the only item of ``widths``."""
+        (features,) = widths
+        return self.clone(features=tuple(features))
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

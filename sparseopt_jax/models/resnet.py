@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
+from sparseopt_jax.dead_neurons import Chain, Layer
 from sparseopt_jax.models import layers
 from sparseopt_jax.settings import as_int
 
@@ -52,6 +53,7 @@ class ResidualBlock(nn.Module):
       param_dtype: see `ResNet`.
       kernel_init: see `ResNet`.
       bn_groups: see `ResNet`.
+      inner_channels: outputs of all convolutions but the last; None: ``channels`` each.
     """
 
     channels: int
@@ -63,6 +65,7 @@ class ResidualBlock(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = layers.he_normal
     bn_groups: int = 1
+    inner_channels: Sequence[int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -73,12 +76,13 @@ class ResidualBlock(nn.Module):
             "param_dtype": self.param_dtype,
             "groups": self.bn_groups,
         }
+        inner = self.inner_channels or (self.channels,) * (1 + self.bottleneck)
         if self.bottleneck:
             c_out = _EXPANSION * self.channels
-            convs = [(self.channels, 1, 1), (self.channels, 3, self.stride), (c_out, 1, 1)]
+            convs = [(inner[0], 1, 1), (inner[1], 3, self.stride), (c_out, 1, 1)]
         else:
             c_out = self.channels
-            convs = [(c_out, 3, self.stride), (c_out, 3, 1)]
+            convs = [(inner[0], 3, self.stride), (c_out, 3, 1)]
 
         y = x
         for i, (channels, kernel, stride) in enumerate(convs, start=1):
@@ -150,6 +154,8 @@ class ResNet(nn.Module):
         devices. One device computes the same with that many, so that a result published with
         statistics of each device can be reproduced on any mesh. The variables and evaluation are
         the same for all values.
+      inner_channels: by block, outputs of its convolutions but the last, one in a basic block and
+        two in a bottleneck: what ``sx.remove_dead_neurons`` leaves. None: those above.
 
     Raises:
       TypeError: a number is not an integer, or ``kernel_init`` is not callable.
@@ -186,6 +192,7 @@ class ResNet(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = layers.he_normal
     bn_groups: int = 1
+    inner_channels: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -204,7 +211,37 @@ class ResNet(nn.Module):
         layers.check_choice("shortcut", self.shortcut, _SHORTCUTS)
         self.num_classes = as_int("num_classes", self.num_classes, at_least=1)
         layers.check_common(self.dtype, self.param_dtype, self.kernel_init)
+        if self.inner_channels is not None:
+            self.inner_channels = self._checked(self.inner_channels)
         super().__post_init__()
+
+    def _checked(self, inner_channels: Any) -> tuple[tuple[int, ...], ...]:
+        blocks, each = sum(self.stage_sizes), 1 + self.bottleneck
+        widths = [tuple(block) for block in inner_channels]
+        if len(widths) != blocks or any(len(block) != each for block in widths):
+            raise ValueError(
+                f"inner_channels must have {each} for each of {blocks} blocks, got {widths}"
+            )
+        return tuple(
+            tuple(as_int(f"inner_channels[{i}]", width, at_least=1) for width in block)
+            for i, block in enumerate(widths)
+        )
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Stage and block of each block."""
+        return [(stage, i) for stage, size in enumerate(self.stage_sizes) for i in range(size)]
+
+    def neuron_chains(self) -> tuple[Chain, ...]:
+        """The convolutions of each block, for ``sx.remove_dead_neurons``."""
+        names = [f"stage{stage + 1}_block{block}" for stage, block in self._blocks()]
+        convs = range(1, 3 + self.bottleneck)
+        return tuple(
+            tuple(Layer(f"{name}/conv{i}", f"{name}/bn{i}") for i in convs) for name in names
+        )
+
+    def with_inner_widths(self, widths: Sequence[Sequence[int]]) -> ResNet:
+        """The same model with ``inner_channels`` of ``widths``."""
+        return self.clone(inner_channels=tuple(map(tuple, widths)))
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -228,20 +265,22 @@ class ResNet(nn.Module):
         if large:
             pad = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)  # type: ignore[no-untyped-call]
-        for stage, size in enumerate(self.stage_sizes):
-            for block in range(size):
-                x = ResidualBlock(
-                    channels=channels * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bottleneck=self.bottleneck,
-                    shortcut=self.shortcut,
-                    zero_init_residual=self.zero_init_residual,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    kernel_init=self.kernel_init,
-                    bn_groups=self.bn_groups,
-                    name=f"stage{stage + 1}_block{block}",
-                )(x, train)
+        blocks = self._blocks()
+        inner = self.inner_channels or (None,) * len(blocks)
+        for (stage, block), inner_channels in zip(blocks, inner, strict=True):
+            x = ResidualBlock(
+                channels=channels * 2**stage,
+                stride=2 if stage > 0 and block == 0 else 1,
+                bottleneck=self.bottleneck,
+                shortcut=self.shortcut,
+                zero_init_residual=self.zero_init_residual,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                bn_groups=self.bn_groups,
+                inner_channels=inner_channels,
+                name=f"stage{stage + 1}_block{block}",
+            )(x, train)
         x = x.astype(jnp.float32).mean((1, 2))
         return nn.Dense(
             self.num_classes,
