@@ -49,6 +49,7 @@ lint: $(CHECK)
 
 bench: $(CHECK)
 	$(BIN)/python -m experiments.benchmarks.selection --json=$(BENCH)
+	$(BIN)/python -m experiments.benchmarks.bcsr --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.topology_update --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.keep_top_k --json=$(BENCH)
 	$(BIN)/python -m experiments.benchmarks.update_bytes --json=$(BENCH)

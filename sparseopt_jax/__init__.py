@@ -2,6 +2,8 @@
 
 from types import ModuleType as _ModuleType
 
+from sparseopt_jax.bcsr import bcsr_matmul as bcsr_matmul
+from sparseopt_jax.bcsr import to_bcsr as to_bcsr
 from sparseopt_jax.compact import load_compact as load_compact
 from sparseopt_jax.compact import load_compact_masks as load_compact_masks
 from sparseopt_jax.compact import save_compact as save_compact

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import (
+    bcsr,
     host,
     keep_top_k,
     measuring,
@@ -60,6 +61,18 @@ def test_calls_take_turns():
     assert made == ["a", "b"] * 4  # once beforehand
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_compressed_kernels_are_compared_with_dense_ones(tmp_path, capsys):
+    assert bcsr.main(["--sizes=32", "--repeats=1", f"--json={tmp_path / 'f'}"]) == 0
+    (record,) = map(json.loads, (tmp_path / "f").read_text().splitlines())
+    tried = [(row["sparsity"], row["batch"]) for row in record["rows"]]
+    assert tried == [(s, b) for s in (0.9, 0.95, 0.99) for b in (1, 8, 32)]
+    row = capsys.readouterr().out.splitlines()[2].split()
+    assert row[:2] == ["32x32", "0.9"]
+    assert [float(ratio) for ratio in row[2:]] == [round(r["ratio"], 2) for r in record["rows"][:3]]
+    with pytest.raises(SystemExit, match="2"):
+        bcsr.main(["--sizes=32,1"])
 
 
 KERNELS = {
