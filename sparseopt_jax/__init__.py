@@ -10,6 +10,9 @@ from sparseopt_jax.compact import save_compact as save_compact
 from sparseopt_jax.constraints import keep_params_masked as keep_params_masked
 from sparseopt_jax.constraints import zero_inactive as zero_inactive
 from sparseopt_jax.criteria import Momentum as Momentum
+from sparseopt_jax.data_parallel import active_counts as active_counts
+from sparseopt_jax.data_parallel import active_indices as active_indices
+from sparseopt_jax.data_parallel import psum_active as psum_active
 from sparseopt_jax.dead_neurons import Removal as Removal
 from sparseopt_jax.dead_neurons import remove_dead_neurons as remove_dead_neurons
 from sparseopt_jax.diagnostics import GradientSkew as GradientSkew

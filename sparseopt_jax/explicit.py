@@ -58,16 +58,16 @@ def varying_as(values: PyTree, *others: PyTree) -> PyTree:
 
     ``shard_map`` wants what a loop starts with to vary as what its body returns.
     """
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(others)))
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
 
     def vary(value: Any) -> Any:
-        missing = tuple(sorted(axes - _varying(value)))
+        missing = tuple(sorted(axes - varying_axes(value)))
         return jax.lax.pcast(value, missing, to="varying") if missing else value
 
     return jax.tree.map(vary, values)
 
 
-def _varying(value: Any) -> frozenset[str]:
+def varying_axes(value: Any) -> frozenset[str]:
     """The axes that a value varies over; ``value`` may be an abstract one."""
     kind = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
     return frozenset(kind.manual_axis_type.varying)
