@@ -98,10 +98,10 @@ def load_compact(path: Path, template: PyTree | None = None) -> PyTree:
         from it.
 
     Returns:
-      The parameters, bit for bit, in the containers of ``template``; without one in nested dicts,
-      in which a place in a list or tuple is an int. Leaves are arrays of JAX, uncommitted and on
-      the default device; of NumPy where the template's are, or where JAX is not set to hold the
-      dtype (float64 without ``jax_enable_x64``).
+      The parameters, bit for bit. Without a template NumPy's arrays in nested dicts, in which a
+      place in a list or tuple is an int. In the containers of a template they are arrays of JAX,
+      uncommitted and on the default device; of NumPy where the template's are, or where JAX is not
+      set to hold the dtype (float64 without ``jax_enable_x64``).
 
     Raises:
       ValueError: the file is cut short, damaged, written by something else or by a newer version;
@@ -117,7 +117,7 @@ def load_compact(path: Path, template: PyTree | None = None) -> PyTree:
       ...     sx.save_compact(file, [jnp.array([1.0, 2.0])])
       ...     sx.load_compact(file)
       ...     sx.load_compact(file, template=[jnp.zeros(2)])
-      {0: Array([1., 2.], dtype=float32)}
+      {0: array([1., 2.], dtype=float32)}
       [Array([1., 2.], dtype=float32)]
     """
     file = _File(path)
@@ -244,7 +244,7 @@ class _File:
             mask = np.ones(shape, np.bool_)
             if "array" in record:
                 array = np.frombuffer(self._arrays[record["array"]], dtype).reshape(shape)
-                yield _Leaf(name, array, mask)
+                yield _Leaf(name, array.copy(), mask)
                 continue
             count, kind = record["active"], record["stored"]
             gaps = _Gaps(count, record["low"], record["high"], positions)
@@ -295,7 +295,7 @@ class _File:
                     f"template leaf {name!r} has dtype {leaf.dtype}, in {self.what} it has "
                     f"{array.dtype}; load it without a template, or with one of that dtype"
                 )
-            return array.copy() if isinstance(leaf, np.ndarray) else _to_jax(array)
+            return _as_leaf(array, leaf)
 
         return boxed_like(jax.tree_util.tree_map_with_path(fill, like), template)
 
@@ -306,7 +306,7 @@ class _File:
             node = tree
             for part in parents:
                 node = node.setdefault(part, {})
-            node[last] = _to_jax(arrays["/".join(map(str, record["path"]))])
+            node[last] = arrays["/".join(map(str, record["path"]))]
             if not record["path"]:  # the tree is this array
                 return node[last]
         return tree
@@ -392,20 +392,20 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray:
             "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"
         )
     dtype = np.dtype(type(leaf)) if isinstance(leaf, _NUMBERS) else leaf.dtype
-    if jnp.issubdtype(dtype, np.number) or dtype == np.bool_:
+    of_any_machine = dtype not in (np.longdouble, np.clongdouble)
+    if (jnp.issubdtype(dtype, np.number) and of_any_machine) or dtype == np.bool_:
         native = np.dtype(dtype.name)
         return np.ascontiguousarray(np.asarray(leaf, native)).reshape(np.shape(leaf))
     raise TypeError(
-        f"params leaf {name!r} has dtype {dtype}, and must be of numbers or bool. Of random keys "
-        "save jax.random.key_data(key)"
+        f"params leaf {name!r} has dtype {dtype}, and must be of numbers (not longdouble) or bool. "
+        "Of random keys save jax.random.key_data(key)"
     )
 
 
-def _to_jax(array: np.ndarray) -> Any:
-    """As JAX's array, unless that would change the dtype."""
+def _as_leaf(array: np.ndarray, leaf: Any) -> Any:
+    """NumPy's array where the template has one, or where JAX is not set to hold the dtype."""
     held = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    # A copy, since what asarray shares with the file's bytes could be donated.
-    return jnp.array(array) if held else array.copy()
+    return jnp.array(array) if held and not isinstance(leaf, np.ndarray) else array
 
 
 def _set_bits(array: np.ndarray) -> np.ndarray:
