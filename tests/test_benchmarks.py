@@ -16,9 +16,11 @@ from experiments.benchmarks import (
     keep_top_k,
     measuring,
     profiles,
+    removal,
     step_time,
     topology_update,
 )
+from sparseopt_jax import models
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -73,6 +75,19 @@ def test_compressed_kernels_are_compared_with_dense_ones(tmp_path, capsys):
     assert [float(ratio) for ratio in row[2:]] == [round(r["ratio"], 2) for r in record["rows"][:3]]
     with pytest.raises(SystemExit, match="2"):
         bcsr.main(["--sizes=32,1"])
+
+
+def test_a_model_without_dead_channels_is_compared_with_the_whole():
+    model = models.ResNet((1, 1), bottleneck=True, num_classes=3, base_channels=8)
+    found, result = removal.compare(model, 0.25, batch_size=2, image_size=32, repeats=1)
+    assert found.widths == ((6, 6), (12, 12))
+    # conv1, bn1, conv2, bn2 and conv3 of both blocks, by hand.
+    lost = sum(
+        inputs * (c - s) + 2 * (c - s) + 9 * (c * c - s * s) + 2 * (c - s) + 4 * c * (c - s)
+        for inputs, c, s in ((8, 8, 6), (32, 16, 12))
+    )
+    assert result["parameters"]["whole"] - result["parameters"]["smaller"] == lost
+    assert result["largest_difference"] < 1e-5
 
 
 KERNELS = {

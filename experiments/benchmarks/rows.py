@@ -132,6 +132,11 @@ ROWS = (
         "at least 3",
     ),
     Row(
+        "forward pass of ResNet-50 over that without its dead channels, half of the inner ones",
+        f"{_BENCHMARK}.removal",
+        "{ratio:.2f} ({median_seconds[whole]:.2f} against {median_seconds[smaller]:.2f} s)",
+    ),
+    Row(
         f"train step of ResNet-20 at 32x32, {_SPARSE}, topology updates every 100 steps",
         f"{_BENCHMARK}.step_time",
         "{ratios[amortised]:.3f} (of {dense_seconds:.2f} s; an ordinary step"
