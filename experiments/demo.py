@@ -19,7 +19,7 @@ from experiments.functions import model_functions
 from experiments.reporting import plots
 from experiments.reporting.finished_runs import load_runs, task
 from experiments.terminal import tolerant_output
-from sparseopt_jax.flops import ModelFLOPs
+from sparseopt_jax.model_flops import ModelFLOPs
 
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 _HEADER = (
@@ -82,7 +82,7 @@ def layer_table(
       products and convolutions have a row of their own.
 
     Example:
-      >>> from sparseopt_jax.flops import LayerFLOPs
+      >>> from sparseopt_jax.model_flops import LayerFLOPs
       >>> count = ModelFLOPs({"a/kernel": LayerFLOPs(16_000_000, 4e6)}, 0, 1_000_000)
       >>> print(layer_table({"a/kernel": np.array([2, 2])}, {"a/kernel": (8, 2)}, count))
       layers  kernel  weights  kept  density  fan-in  MFLOPs  sparse  of dense

@@ -25,7 +25,8 @@ from experiments.config import ConfigError
 from experiments.paths import output_file
 from experiments.terminal import tolerant_output
 from sparseopt_jax import models
-from sparseopt_jax.flops import ModelFLOPs, flops
+from sparseopt_jax.flops import flops
+from sparseopt_jax.model_flops import ModelFLOPs
 
 STEPS, BATCH_SIZE = 32_000, 4096
 """RigL's training run on ImageNet."""

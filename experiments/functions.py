@@ -20,8 +20,8 @@ import sparseopt_jax as sx
 from experiments import build, data, metrics
 from experiments import mesh as meshes
 from experiments.config import Config
-from sparseopt_jax.flops import ModelFLOPs
 from sparseopt_jax.flops import flops as count_flops
+from sparseopt_jax.model_flops import ModelFLOPs
 
 SEED = meshes.struct((), jnp.int32)
 """The shape of a seed."""

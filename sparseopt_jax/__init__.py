@@ -29,8 +29,6 @@ from sparseopt_jax.distributions import PerLayer as PerLayer
 from sparseopt_jax.distributions import Uniform as Uniform
 from sparseopt_jax.drop_and_grow import SET as SET
 from sparseopt_jax.drop_and_grow import RigL as RigL
-from sparseopt_jax.flops import LayerFLOPs as LayerFLOPs
-from sparseopt_jax.flops import ModelFLOPs as ModelFLOPs
 from sparseopt_jax.flops import flops as flops
 from sparseopt_jax.grown_warmup import adam_bias_correction as adam_bias_correction
 from sparseopt_jax.ham import HamState as HamState
@@ -47,6 +45,8 @@ from sparseopt_jax.masks import check_masks as check_masks
 from sparseopt_jax.masks import density as density
 from sparseopt_jax.masks import fan_in as fan_in
 from sparseopt_jax.masks import scale_to_fan_in as scale_to_fan_in
+from sparseopt_jax.model_flops import LayerFLOPs as LayerFLOPs
+from sparseopt_jax.model_flops import ModelFLOPs as ModelFLOPs
 from sparseopt_jax.one_shot import masks_from_scores as masks_from_scores
 from sparseopt_jax.preconditioner import MissingMasksError as MissingMasksError
 from sparseopt_jax.preconditioner import scale_by_sparseopt as scale_by_sparseopt

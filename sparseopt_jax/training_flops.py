@@ -11,9 +11,9 @@ import numpy as np
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.criteria import Momentum
-from sparseopt_jax.flops import ModelFLOPs
 from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import Distribution
+from sparseopt_jax.model_flops import ModelFLOPs
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.schedule_checks import check_plan, check_schedule, check_structure

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import data, demo, functions, mechanism, programs, train
 from experiments.config import Config
-from sparseopt_jax.flops import LayerFLOPs, ModelFLOPs
+from sparseopt_jax.model_flops import LayerFLOPs, ModelFLOPs
 from tests import oracles, train_runs
 
 CONFIG = Config(

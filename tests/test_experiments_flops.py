@@ -11,7 +11,7 @@ from flax import linen as nn
 import sparseopt_jax as sx
 from experiments import flops
 from sparseopt_jax import models
-from sparseopt_jax.flops import LayerFLOPs
+from sparseopt_jax.model_flops import LayerFLOPs
 from tests import helpers
 
 

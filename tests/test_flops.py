@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 import sparseopt_jax as sx
-from sparseopt_jax.flops import LayerFLOPs, ModelFLOPs, flops
+from sparseopt_jax.flops import flops
+from sparseopt_jax.model_flops import LayerFLOPs, ModelFLOPs
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from sparseopt_jax.flops import LayerFLOPs, flops
+from sparseopt_jax.flops import flops
+from sparseopt_jax.model_flops import LayerFLOPs
 from tests.test_flops import array, check, mask
 
 
