@@ -12,7 +12,8 @@ from flax.typing import Dtype, Initializer
 
 from sparseopt_jax.dead_neurons import Chain, Layer
 from sparseopt_jax.models import layers
-from sparseopt_jax.settings import as_int
+from sparseopt_jax.models.convolution import convolution
+from sparseopt_jax.settings import as_bool, as_int
 
 _SHORTCUTS = ("conv3x3", "conv1x1", "identity")
 _STEMS = ("conv3x3", "conv7x7_pool")
@@ -32,8 +33,14 @@ def _conv(module: Any, channels: int, kernel: int, stride: int, name: str) -> nn
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         kernel_init=module.kernel_init,
+        conv_general_dilated_cls=_fast_convolution if module.fast_cpu_convolutions else None,
         name=name,
     )
+
+
+def _fast_convolution() -> Any:
+    """What Flax calls for the function that it then calls."""
+    return convolution
 
 
 class ResidualBlock(nn.Module):
@@ -54,6 +61,7 @@ class ResidualBlock(nn.Module):
       kernel_init: see `ResNet`.
       bn_groups: see `ResNet`.
       inner_channels: outputs of all convolutions but the last; None: ``channels`` each.
+      fast_cpu_convolutions: see `ResNet`.
     """
 
     channels: int
@@ -66,6 +74,7 @@ class ResidualBlock(nn.Module):
     kernel_init: Initializer = layers.he_normal
     bn_groups: int = 1
     inner_channels: Sequence[int] | None = None
+    fast_cpu_convolutions: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -156,6 +165,10 @@ class ResNet(nn.Module):
         the same for all values.
       inner_channels: by block, outputs of its convolutions but the last, one in a basic block and
         two in a bottleneck: what ``sx.remove_dead_neurons`` leaves. None: those above.
+      fast_cpu_convolutions: on CPUs compute the gradients of kernels, and convolutions whose window
+        is larger than their result, as matrix products, several times faster than XLA does. The
+        results are the same up to rounding, and programs for other platforms the same altogether.
+        False: XLA's convolutions everywhere.
 
     Raises:
       TypeError: a number is not an integer, or ``kernel_init`` is not callable.
@@ -193,6 +206,7 @@ class ResNet(nn.Module):
     kernel_init: Initializer = layers.he_normal
     bn_groups: int = 1
     inner_channels: Sequence[Sequence[int]] | None = None
+    fast_cpu_convolutions: bool = True
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -207,6 +221,7 @@ class ResNet(nn.Module):
         self.base_channels = as_int("base_channels", self.base_channels, at_least=1)
         self.width = as_int("width", self.width, at_least=1)
         self.bn_groups = as_int("bn_groups", self.bn_groups, at_least=1)
+        as_bool("fast_cpu_convolutions", self.fast_cpu_convolutions)
         layers.check_choice("stem", self.stem, _STEMS)
         layers.check_choice("shortcut", self.shortcut, _SHORTCUTS)
         self.num_classes = as_int("num_classes", self.num_classes, at_least=1)
@@ -279,6 +294,7 @@ class ResNet(nn.Module):
                 kernel_init=self.kernel_init,
                 bn_groups=self.bn_groups,
                 inner_channels=inner_channels,
+                fast_cpu_convolutions=self.fast_cpu_convolutions,
                 name=f"stage{stage + 1}_block{block}",
             )(x, train)
         x = x.astype(jnp.float32).mean((1, 2))
@@ -313,8 +329,8 @@ def SmallResNet(
       shortcut: ``"conv3x3"``, ``"conv1x1"`` or ``"identity"``; see `ResNet`. He et al. take the
         identity; the usual ResNet-20 of sparse training takes a convolution.
       base_channels: channels of the first stage at width 1.
-      **options: ``zero_init_residual``, ``dtype``, ``param_dtype``, ``kernel_init`` and
-        ``bn_groups`` of `ResNet`.
+      **options: ``zero_init_residual``, ``dtype``, ``param_dtype``, ``kernel_init``,
+        ``bn_groups`` and ``fast_cpu_convolutions`` of `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
@@ -385,7 +401,8 @@ def ResNet18(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
       num_classes: number of logits.
       width: multiplies the channels of all convolutions.
       **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
-        ``dtype``, ``param_dtype``, ``kernel_init`` and ``bn_groups`` of `ResNet`.
+        ``dtype``, ``param_dtype``, ``kernel_init``, ``bn_groups`` and ``fast_cpu_convolutions`` of
+        `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
@@ -416,7 +433,8 @@ def ResNet50(num_classes: int = 1000, width: int = 1, **options: Any) -> ResNet:
       num_classes: number of logits.
       width: multiplies the channels of all convolutions.
       **options: ``base_channels`` (64), ``shortcut`` (``"conv1x1"``), ``zero_init_residual``,
-        ``dtype``, ``param_dtype``, ``kernel_init`` and ``bn_groups`` of `ResNet`.
+        ``dtype``, ``param_dtype``, ``kernel_init``, ``bn_groups`` and ``fast_cpu_convolutions`` of
+        `ResNet`.
 
     Returns:
       A Flax module; `ResNet` documents its parameters and its call.
