@@ -12,6 +12,7 @@ import pytest
 
 from experiments.benchmarks import (
     bcsr,
+    convolution,
     host,
     keep_top_k,
     measuring,
@@ -20,6 +21,7 @@ from experiments.benchmarks import (
     step_time,
     topology_update,
 )
+from experiments.benchmarks import upstream_kernel_gradient as upstream
 from sparseopt_jax import models
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -268,3 +270,41 @@ def test_every_step_may_update_the_topology(tmp_path):
     assert step_time.main([*words, f"--json={path}"]) == 0
     ratios = json.loads(path.read_text())["ratios"]
     assert ratios["amortised"] == pytest.approx(ratios["update"])
+
+
+def test_gradients_over_forward_passes(tmp_path, monkeypatch):
+    setting = convolution.Setting(models.ResNet8, 8, 4, 10)
+    monkeypatch.setattr(convolution, "SETTINGS", {"resnet8": setting})
+    ours, by_xla = (convolution.passes(setting, fast) for fast in (True, False))
+    for one, other in zip(
+        jax.tree.leaves(ours["gradient"]()), jax.tree.leaves(by_xla["gradient"]()), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    path = tmp_path / "bench.jsonl"
+    assert convolution.main(["--models=resnet8", "--repeats=1", f"--json={path}"]) == 0
+    found = json.loads(path.read_text())["resnet8"]
+    seconds = found["seconds"]
+    assert found["by_xla"] == seconds["gradient_by_xla"] / seconds["forward_by_xla"]
+    assert found["gradient_over_forward"] == seconds["gradient"] / seconds["forward"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models=resnet18"], "--models: resnet18 must be one of resnet20, resnet50"),
+        (["--repeats=0"], "--repeats=0 must be at least 1"),
+        (["--peers=torch"], "--peers=torch needs torch and torchvision, which cannot be imported"),
+    ],
+)
+def test_wrong_models_are_named(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(convolution.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        convolution.parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_the_case_for_upstream_computes_the_gradient():
+    x, dy = np.random.default_rng(0).normal(size=(2, 16, 5, 4, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        upstream.by_products(x, dy), upstream.by_xla(x, dy), rtol=1e-4, atol=1e-4
+    )

@@ -272,7 +272,8 @@ SHARED = {
 def test_what_is_shared_by_many_weights():
     found = {name: optimizers.shared_slots(row) for name, row in ROWS.items()}
     assert {name: slots for name, slots in found.items() if slots} == SHARED
-    table = (pathlib.Path(__file__).parent.parent / "docs/guides/optimizers.md").read_text(encoding="utf-8")
+    guides = pathlib.Path(__file__).parents[1] / "docs" / "guides"
+    table = (guides / "optimizers.md").read_text(encoding="utf-8")
     table = table[table.index("| stays when weights change |") :]
     named = {name.split(",")[0].rsplit(".", 1)[1] for name in SHARED}
     assert named == set(re.findall(r"`(\w+)`", table[: table.index("| `flatten(...)` |")]))

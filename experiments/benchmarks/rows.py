@@ -52,6 +52,10 @@ _RIGL = "RigL's topology update of ResNet-50"
 _SPARSE = "RigL + SparseOpt over dense"
 _IMAGENET = "--config=experiments/configs/imagenet_resnet50.py --image_size=224"
 _TPU = "--topology=v5e:1x1"
+_MODELS = (
+    ("resnet20", "ResNet-20, 32x32, batch 128", "at most 3.6"),
+    ("resnet50", "ResNet-50, 64x64, batch 32", "at most 4"),
+)
 
 ROWS = (
     Row(
@@ -123,6 +127,26 @@ ROWS = (
         "the k largest of all kernels of ResNet-50, argsort over `top_k_mask`",
         f"{_BENCHMARK}.selection",
         "{ratio:.1f} ({total_seconds[argsort]:.2f} against {total_seconds[top_k_mask]:.2f} s)",
+    ),
+    *(
+        Row(
+            f"gradient of {name} over its forward pass, processor time",
+            f"{_BENCHMARK}.convolution",
+            f"{{{key}[gradient_over_forward]:.2f}} (XLA's own convolutions {{{key}[by_xla]:.2f}},"
+            f" whose gradient takes {{{key}[gradient_by_xla_over_ours]:.2f}} times as long)",
+            mark,
+        )
+        for key, name, mark in _MODELS
+    ),
+    *(
+        Row(
+            f"train step of {name}, dense, over PyTorch's on the same CPU, processor time",
+            f"{_BENCHMARK}.convolution --peers=torch",
+            f"{{{key}[step][ours_over_torch]:.2f}} ({{{key}[step][seconds][ours]:.2f}} against"
+            f" {{{key}[step][seconds][torch]:.2f}} s)",
+            "at most 1.2",
+        )
+        for key, name, _ in _MODELS
     ),
     Row(
         "dense layers at 0.95, batches of 8 and 32: time of the dense product over that of"

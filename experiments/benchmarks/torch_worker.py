@@ -60,6 +60,12 @@ class TorchWorker:
         self._wait()
         return time.perf_counter() - begin
 
+    def processor_seconds(self, case: dict[str, Any], steps: int) -> float:
+        """The same over all threads of this process."""
+        begin = time.process_time()
+        self.run(case, steps)
+        return time.process_time() - begin
+
     def parameters(self, case: dict[str, Any]) -> int:
         """How many numbers the model of a case trains."""
         model = _resnet50(case) if case["model"] == "resnet50" else _resnet20(case)
