@@ -19,8 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from sparseopt_jax.explicit import in_auto_mode
 
-# Of the arrays that are multiplied for a part of the batch: they should stay in a core's cache.
-_BLOCK_BYTES = 2_000_000
+# Of the arrays that are multiplied for a part of the batch: half of the cache of many a core.
+_BLOCK_BYTES = 500_000
 
 
 class _Geometry(NamedTuple):
