@@ -48,7 +48,10 @@ def ending(config: Config, folder: pathlib.Path, dataset: data.Data) -> str:
     runs = load_runs(folder)
     picture, numbers = folder / "mechanism.png", folder / "mechanism.json"
     slopes = mechanism.slopes(seeds)
-    plots.save(mechanism.figure(seeds, f"{task(runs)}, before the first step"), picture)
+    plots.save(
+        mechanism.figure(seeds, f"{task(runs)}: gradients by fan-in, before the first step"),
+        picture,
+    )
     metrics.write_json(numbers, slopes)
     neurons = sum(layer.fan_in.size for layer in seeds[0])
     sparse = [run for run in runs if run.fan_in][-1]

@@ -208,7 +208,7 @@ def figure(seeds: Sequence[Sequence[Neurons]], title: str) -> matplotlib.figure.
             label=f"geometric mean of 1/{_BINS} of them, ± 2 standard errors",
         )  # fmt: skip
         slope = tables.plus_minus(measured[name], 1, 2, "+")
-        axes.set_title(f"{name} gradient: slope {slope} ({len(seeds)} seed(s))", fontsize=10)
+        axes.set_title(f"{name} gradient: slope {slope}, n = {len(seeds)}", fontsize=10)
         axes.set_xlabel("a neuron's fan-in, over its layer's geometric mean", fontsize=9)
         for axis, ticks in ((axes.xaxis, (0.25, 0.5, 1, 2)), (axes.yaxis, (0.25, 0.5, 1, 2, 4))):
             axis.axes.set(**{f"{axis.axis_name}scale": "log"})

@@ -43,6 +43,7 @@ _SMALL = (
     f"--config={pathlib.Path(__file__).parent / 'configs' / 'digits.py'}",
     "--config.compare=",
     "--config.seeds=1",
+    "--config.batch_size=128",
     "--config.model=mlp",
     "--config.hidden=256",
     "--config.log_every=5",

@@ -97,13 +97,13 @@ def test_a_folder_above_the_right_one(photos, capsys):
 
 def test_the_digits(capsys):
     wrong = ("storage=stream", "label=colour", "train_split=all", "test_split=val")
-    given = [f"--config.{setting}" for setting in (*wrong, "epochs=1", "update_interval=9")]
+    given = [f"--config.{setting}" for setting in (*wrong, "epochs=1", "update_interval=17")]
     config = "--config=experiments/configs/digits.py"
     message, command = refused(capsys, [config, *given, "--workdir=runs/mine"])
     assert message.startswith("error: 5 settings cannot work:")
     assert all(f"\n  {name}=" in message for name in ("storage", "label", "train_split"))
     assert "\n  test_split='val' must be '' or 'test' for dataset=digits" in message
-    assert "\n  update_interval=9 must be at most 8" in message
+    assert "\n  update_interval=17 must be at most 16" in message
     check_works([*command, "--config.mesh_data=1"])
 
 

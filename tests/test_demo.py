@@ -127,7 +127,7 @@ def test_the_figure_is_labelled_and_has_the_line_of_the_theory(finished):
     figure = mechanism.figure([[layer], [layer]], "some net")
     assert figure.get_suptitle() == "some net"
     raw, corrected = figure.axes
-    assert raw.get_title() == "raw gradient: slope -0.79 ± 0.00 (2 seed(s))"
+    assert raw.get_title() == "raw gradient: slope -0.79 ± 0.00, n = 2"
     assert "gradient's norm per active weight" in raw.get_ylabel()
     for axes, power in ((raw, -0.5), (corrected, 0)):
         assert "fan-in" in axes.get_xlabel()

@@ -22,6 +22,7 @@ WORDS = (
     f"--config={pathlib.Path(soak.__file__).parent / 'configs/digits.py'}",
     "--config.compare=",
     "--config.seeds=1",
+    "--config.batch_size=128",
     "--config.model=mlp",
     "--config.hidden=32",
     "--config.epochs=25",
