@@ -14,6 +14,7 @@ import numpy as np
 
 from sparseopt_jax.axes import AxesByPath, kernel_axes, to_layers
 from sparseopt_jax.by_path import ByPath, grouped, layer_counts
+from sparseopt_jax.distributions import Global
 from sparseopt_jax.layers import Layer, structure_of
 from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
 from sparseopt_jax.prunable import Prunable
@@ -95,20 +96,17 @@ class Plan:
         return counts.reshape([shape[axis] for axis in self.layers[path].batch])
 
     def _counts_by_score(self, weights: Mapping[str, Array], step: Any) -> dict[str, Array]:
-        """By name, of layers whose distribution counts by magnitude as the schedule goes on."""
+        """By name, of the layers of a ``Global``: by magnitude, as the schedule goes on."""
         if not self.schedules or self.distribution is None:
             return {}
         counts: dict[str, Array] = {}
         paths = list(self.layers)
         names = [name for path in paths for name in self.layers[path].names]
         path_of = {name: path for path in paths for name in self.layers[path].names}
-        distributions: list[tuple[Any, tuple[int, ...]]] = grouped(
-            "distribution", self.distribution, names
-        )
-        for one, numbers in distributions:
+        for one, numbers in grouped("distribution", self.distribution, names):
             own = [names[i] for i in numbers if path_of[names[i]] in self.schedules]
             own = [name for name in own if path_of[name] in weights]
-            if not own or not hasattr(one, "counts_from_scores"):
+            if not own or not isinstance(one, Global):
                 continue
             schedule = self.schedules[path_of[own[0]]]
             inside = set(own) - set(one.outside(own))
