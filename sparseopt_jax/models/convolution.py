@@ -1,8 +1,9 @@
 """Convolutions that CPUs compute fast, gradients of kernels above all.
 
-XLA's CPU backend takes several times as long as its own matrix products would for two things (jax
-0.10 to 0.12): the gradient of a kernel, and convolutions whose window is larger than their result.
-Here both are such products. On other platforms programs are those of ``lax.conv_general_dilated``.
+For two things XLA's CPU backend takes longer than its own matrix products would (jax 0.10 to 0.12):
+the gradient of a kernel, and, several times as long, convolutions whose window is larger than their
+result. Here both are such products. On other platforms programs are those of
+``lax.conv_general_dilated``.
 """
 
 from __future__ import annotations

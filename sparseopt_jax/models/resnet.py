@@ -166,8 +166,8 @@ class ResNet(nn.Module):
       inner_channels: by block, outputs of its convolutions but the last, one in a basic block and
         two in a bottleneck: what ``sx.remove_dead_neurons`` leaves. None: those above.
       fast_cpu_convolutions: on CPUs compute the gradients of kernels, and convolutions whose window
-        is larger than their result, as matrix products, several times faster than XLA does. The
-        results are the same up to rounding, and programs for other platforms the same altogether.
+        is larger than their result, as matrix products, which is faster than XLA's convolutions.
+        Results are the same up to rounding, and programs for other platforms the same altogether.
         False: XLA's convolutions everywhere.
 
     Raises:
