@@ -44,6 +44,7 @@ def is_young(activity: Array) -> Array:
     return activity < 1 << _AGE_SHIFT
 
 
+@jax.jit
 def changed(activity: Array, mask: Array, again: Any) -> Array:
     """The bytes after a change of the masks.
 
@@ -53,8 +54,7 @@ def changed(activity: Array, mask: Array, again: Any) -> Array:
       again: bool scalar, whether the masks changed since the last step already. Ages stay then, so
         that what became active since that step is still told from what was active on it.
     """
-    older = jnp.where(again, jnp.uint8(0), jnp.uint8(1))
-    ages = jnp.minimum(age(activity) + older, OLDEST)
-    ages = jnp.where(is_active(activity), ages, jnp.zeros_like(ages))
-    now = (ages << _AGE_SHIFT) | jnp.uint8(_ACTIVE | _EXPLORED)
+    step = jnp.where(again, jnp.uint8(0), jnp.uint8(1 << _AGE_SHIFT))
+    older = jnp.where(activity < OLDEST << _AGE_SHIFT, activity + step, activity)
+    now = jnp.where(is_active(activity), older, jnp.uint8(_ACTIVE | _EXPLORED))
     return jnp.where(mask, now, activity & _EXPLORED)

@@ -17,17 +17,14 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from sparseopt_jax.bins import end_to_end
 from sparseopt_jax.patterns import matching
 from sparseopt_jax.selection import INT32_MAX, top_k_mask, top_k_masks
 from sparseopt_jax.settings import as_int, as_number, keep, kind_of
-from sparseopt_jax.stacks import Layout, Rows
 
 Array: TypeAlias = jax.Array
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Overrides: TypeAlias = Mapping[str, float]
-
-# Of the rows in which ``Global`` lays scores end to end.
-_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -312,16 +309,14 @@ class Global:
         found = {path: jnp.int32(count) for path, count in outside.items()}
         if not floors:
             return found
-        rows = Rows(tuple((1, scores[path].size) for path in floors), _WIDTH)
-        if math.prod(rows.shape) > INT32_MAX:
-            raise ValueError(
-                f"Global counts in int32, over at most {INT32_MAX} weights, got {sum(rows.sizes)}: "
-                "give parts of the network one each, distribution={pattern: Global(...), ...}"
-            )
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(jnp.float32, *(scores[path] for path in floors))
-        together = rows.to_rows([scores[path].astype(dtype)[None] for path in floors])
-        layout = Layout((rows.shape,), (rows,))
+        together, layout = end_to_end([scores[path].astype(dtype)[None] for path in floors])
+        if together.size > INT32_MAX:
+            raise ValueError(
+                f"Global counts in int32, over at most {INT32_MAX} weights, got {together.size}: "
+                "give parts of the network one each, distribution={pattern: Global(...), ...}"
+            )
         least = jnp.array(list(floors.values()), jnp.int32)
         (kept,) = top_k_masks([together], least, None, layout=layout)
         (within,) = layout.within()

@@ -22,7 +22,7 @@ from sparseopt_jax.criteria import (
     drop_scores,
 )
 from sparseopt_jax.group_selection import Amounts, update_groups
-from sparseopt_jax.layerwise import Stacked, update_layerwise
+from sparseopt_jax.layerwise import Operands, update_layerwise
 from sparseopt_jax.schedules import MILLION, millionths_of
 from sparseopt_jax.selection import counts, drop_and_grow, random_masks, top_k_masks
 from sparseopt_jax.settings import (
@@ -74,7 +74,7 @@ class Layerwise(Topology):
           n_total: int32 (N,), how many there are to be.
         """
 
-    def amounts(self, step: Any, of: Stacked, masks: Stacks | None = None) -> Amounts:
+    def amounts(self, step: Any, of: Operands, masks: Stacks | None = None) -> Amounts:
         """How many members of each layer stay, go and are to be there in all.
 
         A layer with a weight or score that is not finite stays as it is. So does one whose scores
@@ -102,7 +102,7 @@ class Layerwise(Topology):
         """What to drop by, of one leaf: the smallest magnitudes."""
         return drop_scores(self.drop_by, weight, score)
 
-    def update_layers(self, key: Array, step: Any, of: Stacked) -> Stacks:
+    def update_layers(self, key: Array, step: Any, of: Operands) -> Stacks:
         """Of layers that are one group each."""
         amounts = self.amounts(step, of)
         n_grow = amounts.n_total - amounts.n_keep
@@ -114,11 +114,11 @@ class Layerwise(Topology):
         kept = self._kept(drop_key, of, amounts.n_keep)
         return kept if self._grow is None else _grown(grow_key, of, kept, n_grow)
 
-    def _kept(self, key: Array, of: Stacked, n_keep: Array, masks: Stacks | None = None) -> Stacks:
+    def _kept(self, key: Array, of: Operands, n_keep: Array, masks: Stacks | None = None) -> Stacks:
         where = of.masks if masks is None else masks
         return top_k_masks(of.weights, n_keep, key, where, by_magnitude=True, layout=of.layout)
 
-    def update_groups(self, key: Array, step: Any, of: Stacked, structure: Structure) -> Stacks:
+    def update_groups(self, key: Array, step: Any, of: Operands, structure: Structure) -> Stacks:
         """Of layers that are several groups each."""
         amounts = self.amounts(step, of)
         return update_groups(
@@ -156,7 +156,7 @@ class Layerwise(Topology):
         return update_layerwise(self, key, step, masks, params, scores, layers)
 
 
-def _grown(key: Array, of: Stacked, kept: Stacks, n_grow: Array) -> Stacks:
+def _grown(key: Array, of: Operands, kept: Stacks, n_grow: Array) -> Stacks:
     grown = random_masks(key, of.layout, n_grow, kept, without=True)
     return [k | g for k, g in zip(kept, grown, strict=True)]
 
@@ -269,7 +269,7 @@ class SET(_DropAndGrow):
         """What to drop by, of one leaf."""
         return weight if self.drop_by == "sign" else super().drop_scores(weight, score)
 
-    def update_layers(self, key: Array, step: Any, of: Stacked) -> Stacks:
+    def update_layers(self, key: Array, step: Any, of: Operands) -> Stacks:
         """Of layers that are one group each."""
         if self.drop_by != "sign":
             return super().update_layers(key, step, of)
@@ -290,7 +290,7 @@ class SET(_DropAndGrow):
             n_drop += amounts.n_drop
         return _grown(grow_key, of, kept, n_drop)
 
-    def update_groups(self, key: Array, step: Any, of: Stacked, structure: Structure) -> Stacks:
+    def update_groups(self, key: Array, step: Any, of: Operands, structure: Structure) -> Stacks:
         """Of layers that are several groups each."""
         if self.drop_by == "sign":
             raise ValueError(_SIGN.format(f"structure={structure}"))

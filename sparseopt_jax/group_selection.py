@@ -21,7 +21,7 @@ from sparseopt_jax.selection import (
     shuffled_indices,
     top_k_masks,
 )
-from sparseopt_jax.stacks import Layout, Stacks
+from sparseopt_jax.stacks import Stacked, Stacks
 from sparseopt_jax.structures import ConstantFanIn, Structure
 
 Array: TypeAlias = jax.Array
@@ -60,7 +60,7 @@ def largest_of_groups(
         ]
     rows = [stack.reshape(-1, stack.shape[2]) for stack in where]
     counts = jnp.concatenate([jnp.maximum(each, 0).reshape(-1) for each in k])
-    layout = Layout.of(rows)
+    layout = Stacked.of(*(row.shape for row in rows))
     if scores is None:
         assert key is not None
         chosen = random_masks(key, layout, counts, rows)
@@ -108,7 +108,7 @@ def update_groups(
       grow: by ``"scores"``, at ``"random"``, or None: nothing grows, and what a layer has too much
         is dropped within its groups alone.
     """
-    layout = Layout.of(masks)
+    layout = Stacked.of(*(mask.shape for mask in masks))
     keep_key, salient_key, cut_key, grow_key = jax.random.split(key, 4)
 
     def kept_of(among: Stacks) -> Stacks:
@@ -189,7 +189,7 @@ def _at_most(kept: Stacks, limits: Sequence[Array], weights: Stacks, key: Array)
 def _random_ranks(key: Array | None, where: Stacks) -> Sequence[Array | None]:
     if key is None:
         return [None] * len(where)
-    layout = Layout.of(where)
+    layout = Stacked.of(*(stack.shape for stack in where))
     return shuffled_indices(layout.random_words(key), layout)
 
 

@@ -18,7 +18,7 @@ from sparseopt_jax.masks import Distribution, maskable_layers
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import random_masks
-from sparseopt_jax.stacks import Layout
+from sparseopt_jax.stacks import Stacked
 from sparseopt_jax.structures import Structure
 from sparseopt_jax.trees import boxed_like, path_str, unboxed
 from sparseopt_jax.units import Units
@@ -136,7 +136,7 @@ def _drawn(
         ]
     )
     masks: dict[str, Array] = {}
-    stacks = random_masks(key, Layout(stacked, (None,) * len(stacked)), k)
+    stacks = random_masks(key, Stacked.of(*stacked), k)
     for stack, paths in zip(stacks, alike.values(), strict=True):
         parts = jnp.split(stack, np.cumsum([units[path].n_layers for path in paths])[:-1])
         masks |= {path: units[path].restored(p) for path, p in zip(paths, parts, strict=True)}

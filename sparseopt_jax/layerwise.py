@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from sparseopt_jax.bins import in_bins, padded_size
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.layers import describe_layers
 from sparseopt_jax.masks import fitting
-from sparseopt_jax.stacks import Layout, Rows, Stacks
+from sparseopt_jax.outlining import on_one_cpu
+from sparseopt_jax.stacks import Layout, Rows, Stacked, Stacks
 from sparseopt_jax.structures import Structure
 from sparseopt_jax.trees import aligned, boxed_like, unboxed
 from sparseopt_jax.units import Units
@@ -27,11 +28,11 @@ PyTree: TypeAlias = Any
 # time of compilation, and one of several leaves is a copy.
 _LARGEST_STACKED = 2**18
 
-# Of the rows in which small layers lie end to end: the padding is half a row a layer.
-_WIDTH = 1024
+# Leaves of up to this size, padding included, are copied into rows where they can be.
+_LARGEST_IN_BINS = 2**22
 
 
-class Stacked(NamedTuple):
+class Operands(NamedTuple):
     """What an update works on, as ``Stacks`` of N layers in all.
 
     Attributes:
@@ -57,11 +58,11 @@ class Update(Protocol):
         """What to drop by, of one leaf."""
         ...
 
-    def update_layers(self, key: Array, step: Any, of: Stacked) -> Stacks:
+    def update_layers(self, key: Array, step: Any, of: Operands) -> Stacks:
         """Of layers that are one group each."""
         ...
 
-    def update_groups(self, key: Array, step: Any, of: Stacked, structure: Structure) -> Stacks:
+    def update_groups(self, key: Array, step: Any, of: Operands, structure: Structure) -> Stacks:
         """Of layers that are several groups each: stacks (n, groups, members)."""
         ...
 
@@ -78,7 +79,7 @@ def update_layerwise(
     """Apply an update to the leaves as ``Stacks`` of layers.
 
     Small leaves with layers of one shape share a stack; a large one is a stack of its own. On a
-    single CPU device, where nothing can be sharded, all small layers lie in the rows of one array,
+    single CPU device, where nothing can be sharded, leaves take turns in the rows of one array,
     which compiles faster. The masks are the same, bit for bit.
     """
     boxed, masks = masks, unboxed(masks)
@@ -158,61 +159,53 @@ def _update(
     if grouped is not None:
         update = partial(own.update_groups, structure=grouped)
         return stacked.update(update, key, step, trees, planned)
-    if jax.device_count() > 1 or not isinstance(key, jax.core.Tracer):
-        return stacked.update(own.update_layers, key, step, trees, planned)
-    found: list[Array] = lax.platform_dependent(
+    new: list[Array] = on_one_cpu(
+        partial(_update_in_bins, own.update_layers, stacked),
+        partial(stacked.update, own.update_layers),
         key,
         step,
         trees,
         planned,
-        cpu=partial(_in_rows(stacked, *trees).update, own.update_layers),
-        default=partial(stacked.update, own.update_layers),
+        traced=key,
     )
-    return found
+    return new
 
 
 @dataclass(frozen=True)
 class _Arrangement:
-    """Which leaves (n, ...) share an array, and how the layers lie in it.
+    """Which leaves (n, ...) share a stack.
 
     Attributes:
-      groups: the numbers of the leaves in each array.
-      layout: of the arrays.
+      groups: the numbers of the leaves in each stack.
+      layout: of the stacks.
     """
 
     groups: Sequence[Sequence[int]]
-    layout: Layout
+    layout: Stacked
 
     def update(
         self,
-        update: Callable[[Array, Any, Stacked], Stacks],
+        update: Callable[[Array, Any, Operands], Stacks],
         key: Array,
         step: Any,
         trees: Sequence[Stacks],
         planned: Sequence[Array | None],
     ) -> list[Array]:
-        order = [i for group in self.groups for i in group]
-        counts = [planned[i] for i in order]
+        """The leaves of the groups after an update, in the order of their numbers."""
+        counts = [planned[i] for group in self.groups for i in group]
         given = [count for count in counts if count is not None]
         masks, weights, scores = map(self._arrange, trees)
-        of = Stacked(masks, weights, scores, self.layout, jnp.concatenate(given) if given else None)
+        of = Operands(
+            masks, weights, scores, self.layout, jnp.concatenate(given) if given else None
+        )
         new: dict[int, Array] = {}
-        arrays = zip(self.groups, self.layout.rows, update(key, step, of), strict=True)
-        for group, rows, stack in arrays:
-            if rows is None:
-                n = [trees[0][i].shape[0] for i in group]
-                parts = jnp.split(stack, np.cumsum(n)[:-1])
-            else:
-                parts = rows.from_rows(stack)
-            new |= {i: p.reshape(trees[0][i].shape) for i, p in zip(group, parts, strict=True)}
-        return [new[i] for i in range(len(new))]
+        for group, stack in zip(self.groups, update(key, step, of), strict=True):
+            n = [trees[0][i].shape[0] for i in group]
+            new |= zip(group, jnp.split(stack, np.cumsum(n)[:-1]), strict=True)
+        return [new[i] for i in sorted(new)]
 
     def _arrange(self, leaves: Stacks) -> Stacks:
-        groups = [[leaves[i] for i in group] for group in self.groups]
-        return [
-            jnp.concatenate(group) if rows is None else rows.to_rows(group)
-            for group, rows in zip(groups, self.layout.rows, strict=True)
-        ]
+        return [jnp.concatenate([leaves[i] for i in group]) for group in self.groups]
 
 
 def _stacked(masks: Stacks, weights: Stacks, scores: Stacks) -> _Arrangement:
@@ -221,31 +214,63 @@ def _stacked(masks: Stacks, weights: Stacks, scores: Stacks) -> _Arrangement:
     for i, (mask, weight, score) in enumerate(zip(masks, weights, scores, strict=True)):
         kind = mask.shape[1:], weight.dtype, score.dtype
         groups.setdefault(kind if mask.size <= _LARGEST_STACKED else i, []).append(i)
-    shapes = tuple(
+    shapes = (
         (sum(masks[i].shape[0] for i in group), *masks[group[0]].shape[1:])
         for group in groups.values()
     )
-    return _Arrangement(list(groups.values()), Layout(shapes, (None,) * len(groups)))
+    return _Arrangement(list(groups.values()), Stacked.of(*shapes))
 
 
-def _in_rows(stacked: _Arrangement, masks: Stacks, weights: Stacks, scores: Stacks) -> _Arrangement:
-    """Small leaves of the same dtypes share an array; layers keep the random words of stacks."""
-    words = iter(range(len(stacked.layout.sizes)))
+def _update_in_bins(
+    update_layers: Callable[[Array, Any, Operands], Stacks],
+    stacked: _Arrangement,
+    key: Array,
+    step: Any,
+    trees: Sequence[Stacks],
+    planned: Sequence[Array | None],
+) -> list[Array]:
+    """``stacked.update``, compiled once for all but the largest leaves.
+
+    Layers have the random words that they have in stacks.
+    """
+    masks, weights, scores = trees
+    drawn = stacked.layout.drawn
+    words = iter(range(drawn))
     of_leaf: dict[int, list[int]] = {}
-    small: dict[Any, list[int]] = {}
-    arrays: list[tuple[Sequence[int], tuple[int, ...], Rows | None]] = []
-    for group, shape in zip(stacked.groups, stacked.layout.shapes, strict=True):
-        for i in group:
-            of_leaf[i] = [next(words) for _ in range(masks[i].shape[0])]
-        if masks[group[0]].size <= _LARGEST_STACKED:
-            kind = weights[group[0]].dtype, scores[group[0]].dtype
-            small.setdefault(kind, []).extend(group)
+    kinds: dict[Any, list[int]] = {}
+    large = []
+    for i in (i for group in stacked.groups for i in group):
+        n = masks[i].shape[0]
+        of_leaf[i] = [next(words) for _ in range(n)]
+        if padded_size(n, masks[i].size // n) > _LARGEST_IN_BINS:
+            large.append(i)
         else:
-            arrays.append((group, shape, None))
-    for group in small.values():
-        leaves = tuple((len(of_leaf[i]), masks[i].size // len(of_leaf[i])) for i in group)
-        rows = Rows(leaves, _WIDTH)
-        arrays.append((group, rows.shape, rows))
-    groups, shapes, in_rows = zip(*arrays, strict=True)
-    order = tuple(word for group in groups for i in group for word in of_leaf[i])
-    return _Arrangement(groups, Layout(shapes, in_rows, order))
+            kinds.setdefault((weights[i].dtype, scores[i].dtype), []).append(i)
+    new: dict[int, Array] = {}
+    if large:
+        order = tuple(word for i in large for word in of_leaf[i])
+        layout = Stacked(tuple(masks[i].shape for i in large), drawn, order)
+        alone = _Arrangement([[i] for i in large], layout)
+        leaves = alone.update(update_layers, key, step, trees, planned)
+        new |= zip(sorted(large), leaves, strict=True)
+    # The body of a loop may not consume a key from outside of it.
+    data, impl = jax.random.key_data(key), jax.random.key_impl(key)
+
+    def update(
+        layout: Rows, planned: Array | None, masks: Array, weights: Array, scores: Array
+    ) -> Array:
+        own = jax.random.wrap_key_data(data, impl=impl)
+        (after,) = update_layers(own, step, Operands([masks], [weights], [scores], layout, planned))
+        return after
+
+    for numbers in kinds.values():
+        counts = [count for i in numbers if (count := planned[i]) is not None]
+        leaves = in_bins(
+            update,
+            [[tree[i] for i in numbers] for tree in trees],
+            [of_leaf[i] for i in numbers],
+            drawn,
+            counts or None,
+        )
+        new |= zip(numbers, leaves, strict=True)
+    return [new[i] for i in range(len(masks))]

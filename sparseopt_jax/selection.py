@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.stacks import Layout, Stacks
+from sparseopt_jax.stacks import Layout, Stacked, Stacks
 
 Array: TypeAlias = jax.Array
 
@@ -91,10 +91,10 @@ def random_mask(key: Array, shape: tuple[int, ...], k: Any, where: Array | None 
     shape = tuple(shape)
     k = _checked_k(k, shape)
     only = None if where is None else [_checked_where(where, shape)[None]]
-    return random_masks(key, Layout(((1, *shape),), (None,)), k[None], only)[0][0]
+    return random_masks(key, Stacked.of((1, *shape)), k[None], only)[0][0]
 
 
-@partial(jax.jit, static_argnames=("by_magnitude", "layout"))
+@partial(jax.jit, static_argnames="by_magnitude")
 def top_k_masks(
     scores: Stacks,
     k: Array,
@@ -118,7 +118,7 @@ def top_k_masks(
     Returns:
       Bool stacks of the shapes of ``scores``.
     """
-    layout = layout or Layout.of(scores)
+    layout = layout or Stacked.of(*(a.shape for a in scores))
     to_bits = magnitude_bits if by_magnitude else ordered_bits
     unsigned = _widest(scores)
 
@@ -129,7 +129,7 @@ def top_k_masks(
     return _largest(bits, (scores, where), k, words, layout)
 
 
-@partial(jax.jit, static_argnames="layout")
+@jax.jit
 def drop_and_grow(
     key: Array,
     masks: Stacks,
@@ -158,7 +158,10 @@ def drop_and_grow(
       Bool stacks of these shapes.
     """
     unsigned = _widest([*weights, *scores])
-    words = jnp.stack([layout.random_words(k) for k in jax.random.split(key)])
+    keys, impl = jax.random.key_data(jax.random.split(key)), jax.random.key_impl(key)
+    words = lax.map(
+        lambda data: layout.random_words(jax.random.wrap_key_data(data, impl=impl)), keys
+    )
 
     def bits(masks: Stacks, weights: Stacks, scores: Stacks, growing: Array) -> Stacks:
         ranked = [
@@ -179,7 +182,7 @@ def drop_and_grow(
     return lax.fori_loop(0, 2, stage, start)
 
 
-@partial(jax.jit, static_argnames=("layout", "without"))
+@partial(jax.jit, static_argnames="without")
 def random_masks(
     key: Array,
     layout: Layout,
@@ -395,7 +398,7 @@ def _search(
 
     start = (
         jnp.zeros(k.shape, unsigned),
-        jnp.array(layout.sizes, jnp.int32),
+        jnp.asarray(layout.layer_sizes()),
         jnp.zeros(k.shape, jnp.int32),
         jnp.int32(unsigned.itemsize * 8 - _BITS),
     )

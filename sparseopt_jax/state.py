@@ -7,6 +7,7 @@ others do not, and what is read here is put together from all of them.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +20,7 @@ from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import KernelAxes
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.masks import fitting
+from sparseopt_jax.outlining import on_one_cpu, outlined
 from sparseopt_jax.trees import aligned, boxed_like, is_masked_node, named_leaves, unboxed
 
 Array: TypeAlias = jax.Array
@@ -295,9 +297,9 @@ def active_masks(state: SparseTrainingState) -> PyTree:
 def settled_masks(state: SparseTrainingState) -> PyTree:
     """Likewise, without the weights that became active after the last step."""
     activity, structure = jax.tree.flatten(state.activity)
-    now = state.changed_at == state.step
+    now = _by_leaf(state.changed_at == state.step)
     settled = [
-        bits.is_active(a) & ~(bits.is_young(a) & at_leaf(now, i, a)) for i, a in enumerate(activity)
+        bits.is_active(a) & ~(bits.is_young(a) & own) for a, own in zip(activity, now, strict=True)
     ]
     return maskable(state.activity, jax.tree.unflatten(structure, settled))
 
@@ -309,6 +311,22 @@ def mask_shapes(state: SparseTrainingState) -> PyTree:
         state._replace(inner_state=(), accumulator=()),
     )
     return _read(shapes, bits.is_active)
+
+
+def _by_leaf(values: Array) -> list[Array]:
+    """The scalars (N,), on a CPU each computed ahead of the kernels that read it.
+
+    With their own place in ``values`` in it, no two leaves' kernels would be equal.
+    """
+
+    def default(values: Array) -> list[Array]:
+        return [values[i] for i in range(len(values))]
+
+    def cpu(values: Array) -> list[Array]:
+        return [outlined(operator.getitem, values, i) for i in range(len(values))]
+
+    found: list[Array] = on_one_cpu(cpu, default, values, traced=values)
+    return found
 
 
 def at_leaf(values: Array, i: int, leaf: Array) -> Array:

@@ -15,6 +15,7 @@ from sparseopt_jax import activity as bits
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.criteria import Momentum
 from sparseopt_jax.explicit import varying_as
+from sparseopt_jax.outlining import on_one_cpu, outlined
 from sparseopt_jax.plan import Plan
 from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.state import SparseTrainingState, at_leaf, maskable, recount
@@ -125,13 +126,7 @@ def update_if_due(
         # Behind the barrier layers of one shape are alike, and the compiler makes their bytes and
         # counts with one kernel; without it each is fused with its part of a stack.
         new = lax.optimization_barrier(jax.tree.leaves(masks))  # type: ignore[no-untyped-call]
-        return (
-            [
-                bits.changed(a, m, at_leaf(again, i, a))
-                for i, a, m in zip(leaves, activity, new, strict=True)
-            ],
-            [recount(c, m) for c, m in zip(fan_in, new, strict=True)],
-        )
+        return _renewed(activity, fan_in, new, again, leaves)
 
     own = [old_bytes[i] for i in leaves], [old_counts[i] for i in leaves]
     reads = [weights[i] for i in leaves], [ranked[i] for i in leaves], state.key, state.step
@@ -146,6 +141,56 @@ def update_if_due(
         fan_in=jax.tree.unflatten(counts_structure, old_counts),
         changed_at=jnp.where(of_regime & is_update, state.step, state.changed_at),
     )
+
+
+def _renewed(
+    activity: list[Array],
+    fan_in: list[Array],
+    masks: list[Array],
+    again: Array,
+    leaves: Sequence[int],
+) -> tuple[list[Array], list[Array]]:
+    """The bytes and fan-ins of ``leaves`` for new masks; ``again`` is of all leaves."""
+
+    def default(
+        activity: list[Array], fan_in: list[Array], masks: list[Array], again: Array
+    ) -> tuple[list[Array], list[Array]]:
+        new = [
+            bits.changed(a, m, at_leaf(again, i, a))
+            for i, a, m in zip(leaves, activity, masks, strict=True)
+        ]
+        return new, [recount(c, m) for c, m in zip(fan_in, masks, strict=True)]
+
+    def cpu(
+        activity: list[Array], fan_in: list[Array], masks: list[Array], again: Array
+    ) -> tuple[list[Array], list[Array]]:
+        new = [
+            outlined(_changed, a, m, again, i).reshape(a.shape)
+            for i, a, m in zip(leaves, activity, masks, strict=True)
+        ]
+        return new, [outlined(_recount, c, m) for c, m in zip(fan_in, masks, strict=True)]
+
+    renewed: tuple[list[Array], list[Array]] = on_one_cpu(
+        cpu, default, activity, fan_in, masks, again, traced=masks[0]
+    )
+    return renewed
+
+
+def _changed(activity: Array, mask: Array, again: Array, i: Array) -> Array:
+    """Of one axis: a CPU's compiler unrolls loops over short ones."""
+    return bits.changed(activity.reshape(-1), mask.reshape(-1), again[i])
+
+
+def _recount(fan_in: Array, mask: Array) -> Array:
+    """``recount`` as one of two sums: of a single one a CPU's compiler makes three kernels.
+
+    The first of these writes the mask out as int32.
+    """
+    axes = tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1)
+    ones = mask.astype(jnp.int32), jnp.zeros(mask.shape, jnp.int32)
+    zeros = jnp.int32(0), jnp.int32(0)
+    found, nothing = lax.reduce(ones, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    return (found + nothing).reshape(fan_in.shape)
 
 
 def _in_place_if(

@@ -1,4 +1,7 @@
-"""Layers in rows of one array: the same masks as in stacks, and tables worked by hand."""
+"""Leaves by turns in the rows of one array: the masks of stacks, and tables worked by hand."""
+
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +9,9 @@ import numpy as np
 import pytest
 
 import sparseopt_jax as sx
-from sparseopt_jax import layerwise
-from sparseopt_jax.stacks import Layout, Rows
+from sparseopt_jax import bins, layerwise
+from sparseopt_jax.outlining import outlined
+from sparseopt_jax.stacks import Stacked
 
 # A stack of three layers, small ones of several shapes, one of them exactly as wide as a row, one
 # that is too large for the rows, and one of another dtype.
@@ -51,9 +55,11 @@ def inputs(kind):
 @pytest.mark.parametrize("kind", ["normal", "ties", "nan"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_rows_and_stacks_give_the_same_masks(name, kind, monkeypatch):
-    """Also under vmap; here with rows of 128 and leaves of up to 500 elements in them."""
+    """Also under vmap; here with bins of two rows of 128, and one leaf too large for them."""
     monkeypatch.setattr(layerwise, "_LARGEST_STACKED", 500)
-    monkeypatch.setattr(layerwise, "_WIDTH", 128)
+    monkeypatch.setattr(layerwise, "_LARGEST_IN_BINS", 500)
+    monkeypatch.setattr(bins, "_WIDTH", 128)
+    monkeypatch.setattr(bins, "_HEIGHT", 2)
     trees = inputs(kind)
 
     def update(key):
@@ -83,28 +89,65 @@ def test_without_jit_stacks_are_taken(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
 
 
-def test_rows_by_hand():
-    """A leaf of two layers of three elements, and a layer of five, in rows of four."""
-    rows = Rows(((2, 3), (1, 5)), 4)
-    assert rows.sizes == [3, 3, 5]
-    assert rows.shape == (4, 4)
-    array = rows.to_rows([jnp.arange(1, 7).reshape(2, 3, 1), jnp.arange(7, 12)])
-    assert array.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [7, 8, 9, 10], [11, 0, 0, 0]]
-    first, second = rows.from_rows(array)
-    assert first.tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert second.tolist() == [[7, 8, 9, 10, 11]]
-    layout = Layout(((2, 2, 2), rows.shape), (None, rows), (4, 0, 1, 2, 3))
-    assert layout.sizes == [4, 4, 3, 3, 5]
-    stack, own = layout.own(jnp.array([10, 20, 30, 40, 50]))
-    assert stack.ravel().tolist() == [10, 20]
-    assert own.ravel().tolist() == [30, 40, 50, 50]
-    _, index = layout.indices(jnp.array([0, 0, 100, 200, 300], jnp.uint32))
-    assert index[2:].tolist() == [[300, 301, 302, 303], [304, 305, 306, 307]]
-    nothing, within = layout.within()
-    assert nothing is None
-    assert within.sum(1).tolist() == [3, 3, 4, 1]
-    total = layout.total([jnp.array([1, 2]), jnp.array([3, 4, 5, 6])])
-    assert total.tolist() == [1, 2, 3, 4, 11]
+def test_bins_by_hand(monkeypatch):
+    """Rows of four: a leaf of two layers of three elements, one of five elements, one of ten."""
+    monkeypatch.setattr(bins, "_WIDTH", 4)
+    monkeypatch.setattr(bins, "_HEIGHT", 1)
+    leaves = [
+        jnp.arange(1, 7).reshape(2, 3, 1),
+        jnp.arange(7, 12)[None],
+        jnp.arange(12, 22).reshape(1, 2, 5),
+    ]
+    order = [[4, 5], [6], [7]]
+    seen = []
+
+    def function(layout, numbers, first, second):
+        """Ten times the number of the layer's words, the index in it, and what is there."""
+        assert (layout.drawn, layout.width) == (8, 4)
+        (number,), (index,) = layout.own(layout.order), layout.indices(jnp.uint32(0))
+        (within,), total = layout.within(), layout.total([first.sum(1)])
+        seen.append(jax.typeof(first).shape)
+        jax.debug.callback(lambda *x: seen.append([y.tolist() for y in x]), first, within, total)
+        return jnp.where(within, 1000 * number + 100 * index.astype(int) + second, -1)
+
+    found = bins.in_bins(function, [leaves, leaves], order, 8)
+    jax.effects_barrier()
+    assert [leaf.tolist() for leaf in found] == [
+        [[[4001], [4102], [4203]], [[5004], [5105], [5206]]],
+        [[6007, 6108, 6209, 6310, 6411]],
+        [[[7012, 7113, 7214, 7315, 7416], [7517, 7618, 7719, 7820, 7921]]],
+    ]
+    # The largest leaf makes the bins, of three rows; the others take the next two.
+    shape, largest, second, third = seen
+    assert shape == (3, 4)
+    assert largest[0] == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 0, 0]]
+    assert second[0] == [[1, 2, 3, 0], [4, 5, 6, 0], [0, 0, 0, 0]]
+    assert third[0] == [[7, 8, 9, 10], [11, 0, 0, 0], [0, 0, 0, 0]]
+    assert [sum(map(sum, within)) for _, within, _ in (largest, second, third)] == [10, 6, 5]
+    assert [total for *_, total in (largest, second, third)] == [[165, 0], [6, 15], [45, 0]]
+
+
+def test_layers_keep_their_random_words():
     key = jax.random.key(0)
-    plain = Layout(((5, 1),), (None,)).random_words(key)
-    np.testing.assert_array_equal(layout.random_words(key), plain[:, np.array([4, 0, 1, 2, 3])])
+    words = Stacked.of((4, 3), (1, 2, 2)).random_words(key)
+    assert words.shape == (2, 5)
+    own = Stacked(((2, 2, 2),), 5, (4, 0)).random_words(key)
+    np.testing.assert_array_equal(own, words[:, np.array([4, 0])])
+
+
+def test_outlined_calls_have_the_same_kernels():
+    """Of which a CPU's compiler makes one; inlined, each has its own constant."""
+
+    def row(array, i):
+        return 3 * array[i] + 1
+
+    def kernels(function):
+        rows = jax.jit(lambda array: [function(array, i) for i in range(4)])
+        text = rows.lower(jnp.ones((4, 5))).compile().as_text()
+        bodies = re.findall(r"^%\S*fused_computation\S* [^{]*\{\n(.*?)^\}", text, re.M | re.S)
+        return {re.sub(r"%[^\s,()]+|, metadata=\{.*?\}", "", body) for body in bodies}
+
+    assert len(kernels(row)) == 4
+    assert len(kernels(partial(outlined, row))) == 1
+    array = jnp.arange(20.0).reshape(4, 5)
+    assert outlined(row, array, 2).tolist() == row(array, 2).tolist()
