@@ -73,15 +73,20 @@ def check_grow_by(grow_by: Any, choices: tuple[str, ...]) -> None:
 def drop_scores(drop_by: DropBy, weight: Array, score: Array) -> Array:
     """What is ranked by magnitude: the smallest are dropped.
 
-    For ``"random"`` all are alike, and ties are broken at random.
+    For ``"random"`` all are alike, and ties are broken at random. A weight that is not finite has a
+    score that is not, whatever the criterion, so that its layer is known by it.
     """
+    if drop_by == "magnitude":
+        return weight
     if callable(drop_by):
-        return jnp.asarray(drop_by(weight, score))
-    if drop_by == "saliency":
-        return weight.astype(jnp.float32) * score.astype(jnp.float32)
-    return jnp.ones_like(weight) if drop_by == "random" else weight
-
-
-def grow_scores(grow_by: GrowBy, score: Array) -> Array:
-    """Likewise: where it is largest is grown."""
-    return jnp.ones_like(score) if grow_by == "random" else score
+        scores = jnp.asarray(drop_by(weight, score))
+        if scores.shape != weight.shape or not jnp.issubdtype(scores.dtype, jnp.floating):
+            raise ValueError(
+                f"drop_by must return a floating score for each weight, {weight.shape}, got "
+                f"{scores.dtype} of shape {scores.shape}"
+            )
+    elif drop_by == "saliency":
+        scores = weight.astype(jnp.float32) * score.astype(jnp.float32)
+    else:
+        scores = jnp.ones_like(weight)
+    return jnp.where(jnp.isfinite(weight), scores, jnp.nan)

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -219,10 +219,10 @@ class Global:
     weights are. Scores that are NaN come last; among equal ones at the threshold the layers that
     come first in the tree win.
 
-    Where there are no scores (``init_masks``, ``sparse_training``, ``keep_top_k``) layers keep
-    weights in proportion to their sizes, as random scores would make them, and none less than its
-    floor; the total is the same. Topologies keep the counts that a run begins with: to train on
-    by-score counts, pass ``sparse_training(masks=masks_from_scores(...))``.
+    Where there are no scores (``init_masks``, ``keep_top_k``, the start of ``sparse_training``)
+    layers keep weights in proportion to their sizes, and none less than its floor; the total is the
+    same. With a density schedule topologies count by magnitude, else they keep what a run begins
+    with: for counts by score, pass ``sparse_training(masks=masks_from_scores(...))``.
 
     Attributes:
       sparsity: share of weights that the layers give up together, in [0, 1).
@@ -300,12 +300,10 @@ class Global:
 
         Args:
           scores: of the layers.
-          budget: how many weights the layers inside the budget keep together, an int32 scalar; by
-            default as many as ``sparsity`` says, which it may not fall below.
+          budget: how many they keep together, at least their floors; None: as the settings say.
         """
         shapes = {path: a.shape for path, a in scores.items() if a.size}
-        outside, floors, own = self._budget(shapes)
-        budget = jnp.int32(own) if budget is None else budget
+        outside, floors, total = self._budget(shapes, budget)
         found = {path: jnp.int32(count) for path, count in outside.items()}
         if not floors:
             return found
@@ -321,26 +319,28 @@ class Global:
         (kept,) = top_k_masks([together], least, None, layout=layout)
         (within,) = layout.within()
         assert within is not None  # Rows have padding.
-        kept |= top_k_mask(together, budget - sum(floors.values()), where=within & ~kept)
+        kept |= top_k_mask(together, total - sum(floors.values()), where=within & ~kept)
         counts = layout.total([jnp.sum(kept, axis=1, dtype=jnp.int32)])
         return found | dict(zip(floors, counts, strict=True))
 
-    def _budget(self, layers: Shapes) -> tuple[dict[str, int], dict[str, int], int]:
+    def _budget(
+        self, layers: Shapes, budget: Any = None
+    ) -> tuple[dict[str, int], dict[str, int], Any]:
         """Counts of the layers outside the budget, floors of those inside, and the budget."""
-        outside = self.outside(layers)
+        outside = self.outside(layers) if budget is None else {}
         sizes = {path: math.prod(shape) for path, shape in layers.items() if path not in outside}
-        budget = round((1.0 - self.sparsity) * sum(sizes.values()))
         if isinstance(self.floor, int):
             floors = {path: max(1, min(size, self.floor)) for path, size in sizes.items()}
         else:
             floors = {path: max(1, math.floor(size * self.floor)) for path, size in sizes.items()}
-        if sum(floors.values()) > budget:
+        own = round((1.0 - self.sparsity) * sum(sizes.values()))
+        if budget is None and sum(floors.values()) > own:
             raise ValueError(
                 f"floor={self.floor} asks for {sum(floors.values())} weights of {len(floors)} "
-                f"layers, of which sparsity={self.sparsity} leaves {budget}: lower either"
+                f"layers, of which sparsity={self.sparsity} leaves {own}: lower either"
             )
         kept = _counts({p: layers[p] for p in outside}, {p: 1.0 - s for p, s in outside.items()})
-        return kept, floors, budget
+        return kept, floors, own if budget is None else budget
 
 
 def _first_layer(layers: Shapes) -> str:

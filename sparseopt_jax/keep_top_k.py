@@ -16,7 +16,7 @@ from sparseopt_jax.masks import Distribution, maskable_layers
 from sparseopt_jax.one_shot import largest_of_layers
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
-from sparseopt_jax.schedule_checks import check_is_schedule, check_structure
+from sparseopt_jax.schedule_checks import check_is_schedule, check_structure, check_way
 from sparseopt_jax.schedules import Schedule
 from sparseopt_jax.structures import Structure
 from sparseopt_jax.trees import aligned, boxed_like, named_leaves, path_str, unboxed
@@ -109,7 +109,9 @@ def keep_top_k(
         )
 
     def init_fn(params: PyTree) -> KeepTopKState:
-        planned(unboxed(params), warn=True)  # Raises where they do not fit.
+        plan = planned(unboxed(params), warn=True)  # Raises where they do not fit.
+        if schedule is not None:
+            check_way(plan, list(plan.layers))
         return KeepTopKState(jnp.zeros((), jnp.int32))
 
     def update_fn(

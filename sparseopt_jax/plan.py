@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from sparseopt_jax.axes import AxesByPath, kernel_axes, to_layers
 from sparseopt_jax.by_path import ByPath, grouped, layer_counts
 from sparseopt_jax.distributions import Global
+from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.layers import Layer, structure_of
 from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
 from sparseopt_jax.prunable import Prunable
@@ -55,9 +57,16 @@ class Plan:
     initial: Mapping[str, int]
     final: Mapping[str, int]
 
-    def described(self, paths: Sequence[str], step: Any, weights: Sequence[Array]) -> list[Layer]:
+    def described(
+        self, paths: Sequence[str], step: Any, masks: Sequence[Array], weights: Sequence[Array]
+    ) -> list[Layer]:
         """What a topology is told of these leaves at a step."""
-        by_score = self._counts_by_score(dict(zip(paths, weights, strict=True)), step)
+        # No layer counts on weights that it does not have: these come after active ones that are 0.
+        sizes = {
+            path: jnp.where(mask, jnp.abs(weight), -1)
+            for path, mask, weight in zip(paths, masks, weights, strict=True)
+        }
+        by_score = self._counts_by_score(sizes, step)
         return [self.layer(path, self._planned(path, step, by_score)) for path in paths]
 
     def layer(self, path: str, planned: Array | None = None) -> Layer:
@@ -95,7 +104,7 @@ class Plan:
         shape = self.shapes[path]
         return counts.reshape([shape[axis] for axis in self.layers[path].batch])
 
-    def _counts_by_score(self, weights: Mapping[str, Array], step: Any) -> dict[str, Array]:
+    def _counts_by_score(self, sizes: Mapping[str, Array], step: Any) -> dict[str, Array]:
         """By name, of the layers of a ``Global``: by magnitude, as the schedule goes on."""
         if not self.schedules or self.distribution is None:
             return {}
@@ -104,22 +113,38 @@ class Plan:
         names = [name for path in paths for name in self.layers[path].names]
         path_of = {name: path for path in paths for name in self.layers[path].names}
         for one, numbers in grouped("distribution", self.distribution, names):
-            own = [names[i] for i in numbers if path_of[names[i]] in self.schedules]
-            own = [name for name in own if path_of[name] in weights]
-            if not own or not isinstance(one, Global):
+            if not isinstance(one, Global):
                 continue
-            schedule = self.schedules[path_of[own[0]]]
-            inside = set(own) - set(one.outside(own))
+            own = [names[i] for i in numbers]
+            outside = one.outside(own)
+            inside = [
+                name
+                for name in own
+                if name not in outside and path_of[name] in self.schedules.keys() & sizes.keys()
+            ]
+            if not inside:
+                continue
+            schedule = self.schedules[path_of[inside[0]]]
             total = schedule.count_at(
                 step, sum(self.initial[n] for n in inside), sum(self.final[n] for n in inside)
             )
-            scores: dict[str, Array] = {}
-            for path in dict.fromkeys(path_of[name] for name in own):
-                layers = to_layers(jnp.abs(weights[path]), self.layers[path].batch)
-                scores |= zip(self.layers[path].names, layers, strict=True)
-            by_score = one.counts_from_scores({name: scores[name] for name in own}, total)
-            counts |= {name: by_score[name] for name in inside}
+            own_sizes = {path: sizes[path] for path in dict.fromkeys(path_of[n] for n in inside)}
+            count = in_auto_mode(
+                partial(self._counted, one, inside),
+                like={name: sizes[path_of[name]] for name in inside},
+                result=dict.fromkeys(inside, jnp.int32(0)),
+            )
+            counts |= count(own_sizes, total)
         return counts
+
+    def _counted(
+        self, one: Global, names: Sequence[str], sizes: Mapping[str, Array], total: Array
+    ) -> dict[str, Array]:
+        scores: dict[str, Array] = {}
+        for path, leaf in sizes.items():
+            layers = to_layers(leaf, self.layers[path].batch)
+            scores |= zip(self.layers[path].names, layers, strict=True)
+        return one.counts_from_scores({name: scores[name] for name in names}, total)
 
 
 def plan_of(
@@ -216,6 +241,8 @@ def _initial(
     counts: dict[str, int] = {}
     for one, numbers in grouped("distribution", distribution, list(shapes)):
         own = {name: shapes[name] for i, name in enumerate(shapes) if i in numbers}
+        if not own:
+            continue
         if dataclasses.is_dataclass(one) and hasattr(one, "sparsity"):
             counts |= dataclasses.replace(one, sparsity=sparsity).layer_counts(own)
         else:

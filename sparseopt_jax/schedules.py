@@ -30,6 +30,7 @@ class Schedule(ABC):
     Attributes:
       initial_sparsity: the share of weights that is missing at first, in [0, 1); 0 is dense.
       end_step: the step from which on the distribution's counts are wanted.
+      final_sparsity: the distribution's, where the schedule states it; None, the default, fits all.
 
     Example:
       >>> import sparseopt_jax as sx
@@ -43,6 +44,11 @@ class Schedule(ABC):
 
     initial_sparsity: float
     end_step: int
+
+    @property
+    def final_sparsity(self) -> float | None:
+        """None: whatever the distribution gives."""
+        return None
 
     @abstractmethod
     def remaining(self, step: Any) -> Any:
@@ -215,8 +221,9 @@ class _FromOptax(Schedule):
     end_step: int
 
     def _sparsity(self, step: int) -> float:
+        """To six decimals: in float32, 0 may come out as a little more or less."""
         with jax.ensure_compile_time_eval():
-            return float(self.schedule(jnp.asarray(step, jnp.int32)))
+            return round(float(self.schedule(jnp.asarray(step, jnp.int32))), 6)
 
     @property
     def initial_sparsity(self) -> float:  # type: ignore[override]

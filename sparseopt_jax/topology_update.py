@@ -58,9 +58,14 @@ class Regime(NamedTuple):
         counted = self.topology.in_accumulation_window(step)
         return before + jnp.where(counted, gradient, 0.0)
 
-    def left(self, after: Array, is_update: Any) -> Array:
-        """What an update leaves of it: a sum begins again, an average goes on."""
-        return after if self._momentum is not None else jnp.where(is_update, 0.0, after)
+    def left(self, before: Array, after: Array, is_update: Any) -> Array:
+        """What a step leaves of it: a sum begins again after an update, an average goes on.
+
+        An average has no end, so what is not finite stays out of it.
+        """
+        if self._momentum is not None:
+            return jnp.where(jnp.isfinite(after), after, before)
+        return jnp.where(is_update, 0.0, after)
 
 
 def accumulated(
@@ -76,7 +81,7 @@ def accumulated(
         i = paths.index(path)
         if i in regime.leaves:
             scores[i] = regime.summed(sums[place], gradients[i], state.step)
-            sums[place] = regime.left(scores[i], is_update)
+            sums[place] = regime.left(sums[place], scores[i], is_update)
     kept = state._replace(accumulator=jax.tree.unflatten(structure, sums))
     return jax.tree.unflatten(jax.tree.structure(state.fan_in), scores), kept
 
@@ -114,11 +119,12 @@ def update_if_due(
         if topology.grow_by == "corrected_gradient":
             own_scores = scale_by_fan_in(own_scores, tree(fan_in), None, regime.batch_axes)
         own_weights = [weights[i] for i in leaves]
-        layers = plan.described([paths[i] for i in leaves], state.step, own_weights)
+        own_masks = [bits.is_active(a) for a in activity]
+        layers = plan.described([paths[i] for i in leaves], state.step, own_masks, own_weights)
         masks = topology.update(
             key(),
             state.step,
-            tree([bits.is_active(a) for a in activity]),
+            tree(own_masks),
             tree(own_weights),
             own_scores,
             tree(layers),
