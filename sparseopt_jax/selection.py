@@ -436,6 +436,7 @@ def counts(*conditions: Array) -> list[Array]:
         zeros = (jnp.int32(0),) * len(ones)
         return list(lax.reduce(ones, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), axes))
 
+    conditions = varying_as(conditions, conditions)
     # A CPU would write out the conditions and read them again, for each sum by itself. Together the
     # partial sums of sharded arrays are gathered, not added up, which other devices need not do.
     found: list[Array] = lax.platform_dependent(*conditions, cpu=together, default=one_by_one)
