@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax.settings import as_bool, check_function
+from sparseopt_jax.settings import as_bool, as_int, check_function
 from sparseopt_jax.topology import Topology
 
 Array: TypeAlias = jax.Array
@@ -46,6 +46,8 @@ def check_arguments(
                 f"accumulate_steps={one.accumulate_steps} needs automatic=True; a loop that "
                 "schedules updates itself passes the gradients it accumulated to update_topology"
             )
+        if automatic and type(one).is_update_step is Topology.is_update_step:
+            as_int(f"interval of {one}", getattr(one, "interval", None), at_least=1)
     _check_seed(seed)
 
 

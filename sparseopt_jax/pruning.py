@@ -29,7 +29,8 @@ class Prune(Layerwise):
       skip_step: on the step of an update, move no weight.
       total_steps: the length of the run, where steps are shares of it.
 
-    A layer with a weight that is not finite keeps its topology on that update.
+    A layer with a weight that is not finite keeps its topology on that update. Where a criterion
+    reads the gradient, so does one whose gradient is not finite, or zero everywhere.
 
     Raises:
       TypeError: an argument of the wrong type.

@@ -121,14 +121,11 @@ def update_if_due(
         own_weights = [weights[i] for i in leaves]
         own_masks = [bits.is_active(a) for a in activity]
         layers = plan.described([paths[i] for i in leaves], state.step, own_masks, own_weights)
+        given = tree(own_masks)
         masks = topology.update(
-            key(),
-            state.step,
-            tree(own_masks),
-            tree(own_weights),
-            own_scores,
-            tree(layers),
+            key(), state.step, given, tree(own_weights), own_scores, tree(layers)
         )
+        _check_returned(topology, masks, given)
         # Behind the barrier layers of one shape are alike, and the compiler makes their bytes and
         # counts with one kernel; without it each is fused with its part of a stack.
         new = lax.optimization_barrier(jax.tree.leaves(masks))  # type: ignore[no-untyped-call]
@@ -197,6 +194,19 @@ def _recount(fan_in: Array, mask: Array) -> Array:
     zeros = jnp.int32(0), jnp.int32(0)
     found, nothing = lax.reduce(ones, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
     return (found + nothing).reshape(fan_in.shape)
+
+
+def _check_returned(topology: Topology, masks: PyTree, given: PyTree) -> None:
+    """Raise unless a topology, which may be the user's own, returned masks like those given."""
+
+    def kinds(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+
+    if kinds(masks) != kinds(given):
+        raise TypeError(
+            f"update of {topology} must return masks of the dtype, shapes and structure that it "
+            f"was given, {jax.tree.leaves(kinds(given))}, got {jax.tree.leaves(kinds(masks))}"
+        )
 
 
 def _in_place_if(
