@@ -36,8 +36,8 @@ def check_arguments(
             f"from, got {'neither' if masks is None else 'both'}"
         )
     if distribution is not None:
-        _check_values("distribution", distribution, "ERK(0.9)", _is_distribution)
-    _check_values("topology", topology, "Static()", lambda one: isinstance(one, Topology))
+        check_distribution(distribution)
+    check_topology(topology)
     check_function("prunable", prunable, "path", "leaf")
     automatic = as_bool("automatic", automatic)
     for one in topology.values() if isinstance(topology, Mapping) else (topology,):
@@ -49,6 +49,14 @@ def check_arguments(
         if automatic and type(one).is_update_step is Topology.is_update_step:
             as_int(f"interval of {one}", getattr(one, "interval", None), at_least=1)
     _check_seed(seed)
+
+
+def check_distribution(distribution: Any) -> None:
+    _check_values("distribution", distribution, "ERK(0.9)", _is_distribution)
+
+
+def check_topology(topology: Any) -> None:
+    _check_values("topology", topology, "Static()", lambda one: isinstance(one, Topology))
 
 
 def _is_distribution(value: Any) -> bool:

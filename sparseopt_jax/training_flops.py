@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from sparseopt_jax.arguments import check_distribution, check_topology
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.criteria import Momentum
@@ -45,8 +46,9 @@ def training_flops(
     A step costs, layer by layer, its forward pass three times at its density: once forward, once
     for the gradient of the activations, once for that of the weights. Where the topology needs the
     gradient of all weights, the last is dense: on the steps that ``RigL`` ranks or sums up, and on
-    all steps with a ``Momentum``. Densities are those of the settings, which ``sparse_training``
-    keeps exactly; of ``Global`` those of its sizes, and of ``ConstantFanIn`` before ablation.
+    all steps with a ``Momentum``. An update comes after the passes of its step. Densities are those
+    of the settings, which ``sparse_training`` keeps exactly; of ``Global`` those of its sizes, and
+    of ``ConstantFanIn`` before ablation.
 
     Args:
       count: what ``flops`` counts of the model; the masks that it was given do not matter.
@@ -83,11 +85,13 @@ def training_flops(
       ...     count, params, 100, topology=sx.Prune(interval=50, end_step=50),
       ...     schedule=sx.OneShot(50), distribution=tenth)
       >>> round(static / dense, 3), round(pruned / dense, 3)
-      (0.1, 0.55)
+      (0.1, 0.559)
     """
     if not isinstance(count, ModelFLOPs):
         raise TypeError(f"count must be what flops returns, got {count!r}")
     steps = as_int("steps", steps, at_least=1, at_most=MOST_STEPS)
+    check_distribution(distribution)
+    check_topology(topology)
     check_schedule(schedule, topology, distribution, automatic=True)
     check_structure(structure, topology)
     weights = unboxed(params)
@@ -121,7 +125,8 @@ def _passes(topology: Topology, plan: Plan, path: str, steps: int) -> float:
     is_update = np.broadcast_to(np.asarray(topology.is_update_step(every)), steps)
     # The density at first, and after each update.
     densities = np.append(_densities(plan, path, None), _densities(plan, path, every[is_update]))
-    density = densities[np.cumsum(is_update)]
+    # The gradient that an update ranks was taken with the masks before it.
+    density = densities[np.cumsum(is_update) - is_update]
     ranked = np.broadcast_to(np.asarray(topology.in_accumulation_window(every)), steps)
     if isinstance(topology.grow_by, Momentum):
         ranked = np.ones(steps, bool)
