@@ -273,8 +273,6 @@ class SET(_DropAndGrow):
         """Of layers that are one group each."""
         if self.drop_by != "sign":
             return super().update_layers(key, step, of)
-        if of.planned is not None:
-            raise ValueError(_SIGN.format("a structure or a density schedule"))
         drop_key, grow_key = jax.random.split(key)
         pairs = list(zip(of.masks, of.weights, strict=True))
         kept, n_drop = of.masks, jnp.int32(0)
@@ -290,11 +288,21 @@ class SET(_DropAndGrow):
             n_drop += amounts.n_drop
         return _grown(grow_key, of, kept, n_drop)
 
-    def update_groups(self, key: Array, step: Any, of: Operands, structure: Structure) -> Stacks:
-        """Of layers that are several groups each."""
-        if self.drop_by == "sign":
-            raise ValueError(_SIGN.format(f"structure={structure}"))
-        return super().update_groups(key, step, of, structure)
+    def update(
+        self,
+        key: Array,
+        step: Any,
+        masks: PyTree,
+        params: PyTree,
+        scores: PyTree,
+        layers: PyTree | None = None,
+    ) -> PyTree:
+        """As ``RigL.update``."""
+        for layer in jax.tree.leaves(layers) if self.drop_by == "sign" else ():
+            if layer.structure is not None or layer.planned is not None:
+                what = layer.structure or "a density schedule"
+                raise ValueError(_SIGN.format(f"{what} of {layer.path!r}"))
+        return super().update(key, step, masks, params, scores, layers)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The largest of each group of a layer: rows of N:M patterns, the incoming weights of a neuron.
 
-Stacks here are (n, groups, members). In groups of few members each is compared with each other one,
-which is one pass over the array; larger groups are further layers of the search of ``selection``.
+Stacks here are (n, *groups, members). In groups of few members each is compared with each other
+one, which is one pass over the array; larger groups are further layers of the search of
+``selection``.
 """
 
 from __future__ import annotations
@@ -11,63 +12,66 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.selection import (
-    magnitude_bits,
-    ordered_bits,
-    random_masks,
-    shuffled_indices,
-    top_k_masks,
-)
+from sparseopt_jax.selection import random_masks, shuffled_indices, top_k_masks
 from sparseopt_jax.stacks import Stacked, Stacks
 from sparseopt_jax.structures import ConstantFanIn, Structure
 
 Array: TypeAlias = jax.Array
 
 _FEW = 8
-"""So many members are compared with each other; a program grows with the square."""
+"""So many members are compared with each other, and have a bit each in a byte."""
 
 
 def largest_of_groups(
     scores: Stacks | None,
     k: Sequence[Array],
     key: Array | None,
-    where: Stacks,
+    where: Stacks | None = None,
     *,
     by_magnitude: bool = True,
 ) -> Stacks:
     """The members with the largest scores of each group.
 
     Args:
-      scores: floating stacks (n, groups, members), or None to choose at random.
-      k: for each of them how many, int32 (n, groups).
+      scores: floating stacks (n, *groups, members), or None to choose at random among ``where``.
+      k: for each of them how many, int32 (n, *groups).
       key: a JAX random key, for ties; with None, which is for stacks with scores, the lowest index
         wins.
-      where: bool stacks; only members where it is True are chosen, all where there are fewer.
+      where: bool stacks; only members where it is True are chosen, all where there are fewer. None:
+        all are candidates.
       by_magnitude: rank absolute values.
 
     Returns:
       Bool stacks.
     """
-    to_bits = magnitude_bits if by_magnitude else ordered_bits
-    if all(stack.shape[2] <= _FEW for stack in where):
-        ranks = _random_ranks(key, where)
+    stacks = where if scores is None else scores
+    assert stacks is not None
+    if all(stack.shape[-1] <= _FEW for stack in stacks):
+        ranks = _random_ranks(key, stacks)
         return [
-            _by_comparison(None if scores is None else to_bits(scores[i]), rank, k[i], w)
-            for i, (w, rank) in enumerate(zip(where, ranks, strict=True))
+            _by_comparison(
+                None if scores is None else scores[i],
+                by_magnitude,
+                rank,
+                k[i],
+                None if where is None else where[i],
+            )
+            for i, (stack, rank) in enumerate(zip(stacks, ranks, strict=True))
         ]
-    rows = [stack.reshape(-1, stack.shape[2]) for stack in where]
-    counts = jnp.concatenate([jnp.maximum(each, 0).reshape(-1) for each in k])
-    layout = Stacked.of(*(row.shape for row in rows))
+    rows = None if where is None else [stack.reshape(-1, stack.shape[-1]) for stack in where]
+    counts = jnp.concatenate([each.reshape(-1) for each in k])
     if scores is None:
         assert key is not None
-        chosen = random_masks(key, layout, counts, rows)
+        assert rows is not None
+        chosen = random_masks(key, Stacked.of(*(row.shape for row in rows)), counts, rows)
     else:
-        flat = [s.reshape(r.shape) for s, r in zip(scores, rows, strict=True)]
-        chosen = top_k_masks(flat, counts, key, rows, by_magnitude=by_magnitude, layout=layout)
-    return [c.reshape(w.shape) for c, w in zip(chosen, where, strict=True)]
+        flat = [stack.reshape(-1, stack.shape[-1]) for stack in scores]
+        chosen = top_k_masks(flat, counts, key, rows, by_magnitude=by_magnitude)
+    return [c.reshape(s.shape) for c, s in zip(chosen, stacks, strict=True)]
 
 
 class Amounts(NamedTuple):
@@ -100,7 +104,7 @@ def update_groups(
 
     Args:
       key: a JAX random key, for ties and for growing at random.
-      masks: bool stacks (n, groups, members).
+      masks: bool stacks (n, *groups, members).
       weights: what to drop by.
       scores: what to grow by.
       amounts: how many.
@@ -108,6 +112,11 @@ def update_groups(
       grow: by ``"scores"``, at ``"random"``, or None: nothing grows, and what a layer has too much
         is dropped within its groups alone.
     """
+    shapes = [mask.shape for mask in masks]
+    masks, weights, scores = (
+        [stack.reshape(stack.shape[0], -1, stack.shape[-1]) for stack in stacks]
+        for stacks in (masks, weights, scores)
+    )
     layout = Stacked.of(*(mask.shape for mask in masks))
     keep_key, salient_key, cut_key, grow_key = jax.random.split(key, 4)
 
@@ -142,8 +151,8 @@ def update_groups(
         grown = largest_of_groups(by, missing, grow_key, free)
         new = [k | g for k, g in zip(kept, grown, strict=True)]
     return [
-        jnp.where(stay, m, n)
-        for (m, stay), n in zip(layout.paired(masks, amounts.stay), new, strict=True)
+        jnp.where(stay, m, n).reshape(shape)
+        for (m, stay), n, shape in zip(layout.paired(masks, amounts.stay), new, shapes, strict=True)
     ]
 
 
@@ -193,23 +202,64 @@ def _random_ranks(key: Array | None, where: Stacks) -> Sequence[Array | None]:
     return shuffled_indices(layout.random_words(key), layout)
 
 
-def _by_comparison(bits: Array | None, ranks: Array | None, k: Array, where: Array) -> Array:
-    """The ``k`` largest by the order of the bits, then of random ranks, then of the index."""
-    n = where.shape[2]
+def _ordered(scores: Array, by_magnitude: bool) -> Array:
+    """Signed integers of the order of the scores, or of their magnitudes; NaN is below all.
+
+    ``selection`` has unsigned ones, which take processors longer to compare.
+    """
+    signed = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[scores.dtype.itemsize]
+    bounds = np.iinfo(np.dtype(signed))
+    bits = lax.bitcast_convert_type(scores, signed)
+    magnitude = bits & signed(bounds.max)
+    inf = signed(np.array(np.inf, scores.dtype).view(np.dtype(signed)))
+    order = magnitude if by_magnitude else jnp.where(bits < 0, -magnitude, magnitude)
+    return jnp.where(magnitude > inf, signed(bounds.min), order)
+
+
+def _by_comparison(
+    scores: Array | None,
+    by_magnitude: bool,
+    ranks: Array | None,
+    k: Array,
+    where: Array | None,
+) -> Array:
+    """The ``k`` largest by scores, then by random ranks, then by the index."""
 
     def members(stack: Array) -> list[Array]:
-        return [stack[..., i] for i in range(n)]
+        return [stack[..., i] for i in range(stack.shape[-1])]
 
-    allowed = members(where)
-    keys = None if bits is None else members(bits)
+    allowed = None if where is None else members(where)
+    keys = None if scores is None else members(_ordered(scores, by_magnitude))
     ties = None if ranks is None else members(ranks)
-    better = [jnp.zeros(k.shape, jnp.int32)] * n
+    n = len(keys or ties or allowed or [])
+    better = [jnp.zeros(k.shape, jnp.uint8)] * n
     for i in range(n):
         for j in range(i + 1, n):
             first = jnp.ones(k.shape, jnp.bool_) if ties is None else ties[i] > ties[j]
             if keys is not None:
                 first = (keys[i] > keys[j]) | ((keys[i] == keys[j]) & first)
-            first = allowed[i] & (first | ~allowed[j])
-            better[j] += first.astype(jnp.int32)
-            better[i] += 1 - first.astype(jnp.int32)
-    return jnp.stack([a & (b < k) for a, b in zip(allowed, better, strict=True)], axis=-1)
+            if allowed is not None:
+                first = allowed[i] & (first | ~allowed[j])
+            better[j] += first.astype(jnp.uint8)
+            better[i] += (~first).astype(jnp.uint8)
+    limit = jnp.clip(k, 0, n).astype(jnp.uint8)
+    byte = jnp.zeros(k.shape, jnp.uint8)
+    for i, those in enumerate(better):
+        byte |= (those < limit).astype(jnp.uint8) << i
+    place = lax.broadcasted_iota(jnp.uint8, (*[1] * k.ndim, n), k.ndim)
+    chosen = (_once(byte, scores, ranks, where)[..., None] >> place) & 1 > 0
+    return chosen if where is None else chosen & where
+
+
+def _once(byte: Array, *of: Array | None) -> Array:
+    """The bytes, computed from ``of``, once for all that read them.
+
+    A compiler fuses a cheap computation into what reads it, here once for each of the members, but
+    not into a conditional. Both branches of this one give the bytes as they are.
+    """
+    if byte.size == 0:
+        return byte
+    first = next(array for array in of if array is not None).reshape(-1)[0]
+    zero = (first != first).astype(jnp.uint8)
+    once: Array = lax.cond(zero > 0, lambda a, one: a | (one - 1), lambda a, _: a, byte, zero)
+    return once

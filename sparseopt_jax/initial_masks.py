@@ -99,13 +99,14 @@ def draw_masks(key: Array, params: PyTree, plan: Plan) -> PyTree:
     }
 
     def draw(key: Array) -> PyTree:
-        plain = [path for path, unit in units.items() if unit.grouped_by is None]
-        grouped = [path for path in units if path not in plain]
-        keys = jax.random.split(key) if plain and grouped else (key, key)
-        masks = _drawn(keys[0], {path: units[path] for path in plain}, counts)
-        for number, path in enumerate(grouped):
-            own_key = jax.random.fold_in(keys[1], number)
-            masks[path] = _drawn_in_groups(own_key, units[path], counts[path])
+        by_structure: dict[Structure | None, dict[str, Units]] = {}
+        for path, unit in units.items():
+            by_structure.setdefault(unit.grouped_by, {})[path] = unit
+        masks: dict[str, Array] = {}
+        for number, (grouped, own) in enumerate(by_structure.items()):
+            own_key = key if len(by_structure) == 1 else jax.random.fold_in(key, number)
+            draw_own = _drawn if grouped is None else _drawn_in_groups
+            masks |= draw_own(own_key, own, counts)
 
         def init(path: tuple[Any, ...], leaf: Any) -> Array:
             mask = masks.get(path_str(path))
@@ -120,8 +121,6 @@ def _drawn(
     key: Array, units: Mapping[str, Units], counts: Mapping[str, np.ndarray]
 ) -> dict[str, Array]:
     """Layers of the same shape are drawn together, which keeps the compiled program small."""
-    if not units:
-        return {}
     alike: dict[tuple[int, ...], list[str]] = {}
     for path, unit in units.items():
         alike.setdefault(unit.unit_shape, []).append(path)
@@ -143,9 +142,10 @@ def _drawn(
     return masks
 
 
-def _drawn_in_groups(key: Array, unit: Units, counts: np.ndarray) -> Array:
-    assert unit.split is not None
-    n, (n_groups, n_members, _) = unit.n_layers, unit.split.sizes
-    k = jnp.broadcast_to(unit.per_group(jnp.asarray(counts))[:, None], (n, n_groups))
-    everywhere = [jnp.ones((n, n_groups, n_members), jnp.bool_)]
-    return unit.restored(largest_of_groups(None, [k], key, everywhere)[0])
+def _drawn_in_groups(
+    key: Array, units: Mapping[str, Units], counts: Mapping[str, np.ndarray]
+) -> dict[str, Array]:
+    k = [unit.limits(jnp.asarray(counts[path])) for path, unit in units.items()]
+    everywhere = [jnp.ones((u.n_layers, *u.unit_shape), jnp.bool_) for u in units.values()]
+    chosen = largest_of_groups(None, k, key, everywhere)
+    return {p: u.restored(mask) for (p, u), mask in zip(units.items(), chosen, strict=True)}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sparseopt_jax.axes import AxesByPath, KernelAxes, check_axes, check_patterns, kernel_axes
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.structures import Structure
+from sparseopt_jax.structures import Structure, check_is_structure
 from sparseopt_jax.trees import is_absent, named_leaves, path_str, unboxed
 
 Array: TypeAlias = jax.Array
@@ -78,7 +78,7 @@ def describe_layers(
       A ``Layer`` in the place of each array.
 
     Raises:
-      TypeError: axes of the wrong type.
+      TypeError: axes or a structure of the wrong type.
       ValueError: axes or a pattern that does not fit.
 
     Example:
@@ -113,7 +113,13 @@ def describe_layers(
 def structure_of(
     name: str, structure: ByPath[Structure] | None, paths: list[str]
 ) -> dict[str, Structure]:
-    """The structure of each path that has one."""
+    """The structure of each path that has one.
+
+    Raises:
+      TypeError: it is none.
+      ValueError: a pattern matches no path.
+    """
+    check_is_structure(structure)
     if structure is None:
         return {}
     return {paths[i]: one for one, numbers in grouped(name, structure, paths) for i in numbers}

@@ -122,7 +122,7 @@ def update_layerwise(
         return [unit.restored(new[i]) for i, unit in enumerate(units)]
 
     planned = [layer.planned for layer in told]
-    if any(count is not None for count in planned):
+    if any(layer.planned is not None or layer.structure is not None for layer in told):
         planned = [layer.count(mask) for layer, mask in zip(told, leaves, strict=True)]
     updated = in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees, planned)
     return boxed_like(jax.tree.unflatten(structure, updated), boxed)

@@ -7,6 +7,7 @@ shape. Leaves that are never sparse (biases, norm scales, embeddings) are True e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -128,6 +129,25 @@ def maskable_layers(
             f"{argument} has {listed(f'{path} {np.shape(leaf)}' for path, leaf in leaves.items())}"
         )
     return layers
+
+
+def counts_given(masks: PyTree, batch_axes: AxesByPath) -> dict[str, np.ndarray]:
+    """How many weights masks have in each layer of a leaf, int (layers,), by path.
+
+    Leaves that cannot be read are left out: traced ones, those that are partly elsewhere, and those
+    of which ``init`` will say what is wrong.
+    """
+    found = {}
+    for path, mask in named_leaves(masks).items():
+        if isinstance(mask, jax.core.Tracer) or getattr(mask, "dtype", None) != np.bool_:
+            continue
+        if not getattr(mask, "is_fully_addressable", True):
+            continue
+        with contextlib.suppress(ValueError):  # Of a leaf that is no kernel.
+            batch = axes_of_stack(path, mask.ndim, batch_axes)
+            layers = np.moveaxis(np.asarray(mask), batch, range(len(batch)))
+            found[path] = layers.reshape(layers_of(mask.shape, batch), -1).sum(axis=1)
+    return found
 
 
 def shapes_by_name(

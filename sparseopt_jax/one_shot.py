@@ -116,24 +116,22 @@ def largest_of_layers(
     """
     units = {path: Units.of(plan.layer(path), score.shape) for path, score in scores.items()}
     of_units = {p: units[p].of_scores(score, by_magnitude) for p, score in scores.items()}
-    chosen = {}
+    chosen: dict[str, Array] = {}
     alike: dict[Any, list[str]] = {}
+    grouped: dict[Structure, list[str]] = {}
     for path, unit in units.items():
         if unit.grouped_by is not None:
-            k = unit.per_group(counts[path])[:, None]
-            shape = of_units[path].shape
-            (chosen[path],) = largest_of_groups(
-                [of_units[path]],
-                [jnp.broadcast_to(k, shape[:2])],
-                None,
-                [jnp.ones(shape, jnp.bool_)],
-                by_magnitude=by_magnitude,
-            )
+            grouped.setdefault(unit.grouped_by, []).append(path)
         else:
             kind = unit.unit_shape, of_units[path].dtype
             alike.setdefault(kind if scores[path].size <= _LARGEST_STACKED else path, []).append(
                 path
             )
+    for paths in grouped.values():
+        stacks = [of_units[path] for path in paths]
+        limits = [units[path].limits(counts[path]) for path in paths]
+        found = largest_of_groups(stacks, limits, None, by_magnitude=by_magnitude)
+        chosen |= zip(paths, found, strict=True)
     if alike:
         stacks = [jnp.concatenate([of_units[p] for p in paths]) for paths in alike.values()]
         k = jnp.concatenate(

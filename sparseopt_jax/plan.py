@@ -21,7 +21,7 @@ from sparseopt_jax.layers import Layer, structure_of
 from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
 from sparseopt_jax.prunable import Prunable
 from sparseopt_jax.schedules import Schedule
-from sparseopt_jax.structures import Structure, layer_axes, named
+from sparseopt_jax.structures import NM, Structure, layer_axes, named
 from sparseopt_jax.topology import Static, Topology
 from sparseopt_jax.trees import named_leaves
 
@@ -43,7 +43,8 @@ class Plan:
       schedules: by path, of the leaves that have one.
       window_in_out: by name of the layer, its sizes in Flax's order, as distributions see them.
       initial: by name of the layer, how many weights it has before the first update.
-      final: likewise, what its distribution gives it.
+      final: likewise, what its distribution gives it; where the user gave masks, what these have in
+        leaves with a structure.
     """
 
     layers: Mapping[str, Layers]
@@ -96,10 +97,11 @@ class Plan:
         return schedule.count_at(step, initial, final)
 
     def _planned(self, path: str, step: Any, by_score: Mapping[str, Array]) -> Array | None:
-        if path not in self.schedules and not (path in self.structures and self.final):
+        names = self.layers[path].names
+        has_count = path in self.structures and names[0] in self.final
+        if path not in self.schedules and not has_count:
             return None
         counts = self.counts_at(path, step)
-        names = self.layers[path].names
         counts = jnp.stack([by_score.get(name, counts[i]) for i, name in enumerate(names)])
         shape = self.shapes[path]
         return counts.reshape([shape[axis] for axis in self.layers[path].batch])
@@ -157,6 +159,7 @@ def plan_of(
     structure: ByPath[Structure] | None = None,
     topology: ByPath[Topology] | None = None,
     schedule: Schedule | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
     argument: str = "params",
 ) -> Plan:
     """The plan of a tree without boxes.
@@ -170,6 +173,7 @@ def plan_of(
       structure: the layers' patterns.
       topology: of the layers, whose schedules count; None: ``schedule`` counts for all of them.
       schedule: the density's.
+      given: how many weights the user's masks have in each layer of a leaf, by path.
       argument: what errors call the tree.
 
     Raises:
@@ -180,20 +184,28 @@ def plan_of(
     shapes = {path: leaf.shape for path, leaf in named_leaves(params).items() if path in layers}
     schedules = _schedules(list(layers), topology, schedule)
     structures = structure_of("structure", structure, list(layers))
+    of_names: Mapping[str, tuple[int, ...]] = {}
+    final: dict[str, int] = {}
     if distribution is None:
-        return Plan(layers, shapes, axes, batch_axes, None, structures, schedules, {}, {}, {})
-    of_names = shapes_by_name(params, layers, axes, batch_axes)
-    final = layer_counts(distribution, of_names)
+        for path in structures:
+            if given is not None and path in given:
+                final |= zip(layers[path].names, given[path].tolist(), strict=True)
+    else:
+        of_names = shapes_by_name(params, layers, axes, batch_axes)
+        final = layer_counts(distribution, of_names)
     for path, own in layers.items():
+        if path not in structures or own.names[0] not in final:
+            continue
         if all(final[name] == math.prod(own.shape) for name in own.names):
-            structures.pop(path, None)
-        if path in structures:
-            kernel = kernel_axes(path, len(shapes[path]), axes, batch_axes)
-            for name in own.names:
-                with named(name):
-                    final[name] = structures[path].rounded(
-                        final[name], own.shape, layer_axes(kernel)
-                    )
+            del structures[path]
+            continue
+        kernel = kernel_axes(path, len(shapes[path]), axes, batch_axes)
+        for name in own.names:
+            with named(name):
+                final[name] = structures[path].rounded(final[name], own.shape, layer_axes(kernel))
+    if distribution is None:
+        return Plan(layers, shapes, axes, batch_axes, None, structures, schedules, {}, final, final)
+    _check_fixed(distribution, structures, layers)
     initial = dict(final)
     for path, one in schedules.items():
         names = layers[path].names
@@ -210,6 +222,30 @@ def plan_of(
         initial,
         final,
     )
+
+
+def _check_fixed(
+    distribution: ByPath[Distribution],
+    structures: Mapping[str, Structure],
+    layers: Mapping[str, Layers],
+) -> None:
+    """Raise where a layer's count goes by scores, and its structure allows one count alone."""
+    path_of = {name: path for path, own in layers.items() for name in own.names}
+    distributions: list[tuple[Any, tuple[int, ...]]] = grouped(
+        "distribution", distribution, list(path_of)
+    )
+    for one, numbers in distributions:
+        names = [name for i, name in enumerate(path_of) if i in numbers]
+        if not hasattr(one, "counts_from_scores"):
+            continue
+        for name in sorted(set(names) - set(one.outside(names))):
+            structure = structures.get(path_of[name])
+            if isinstance(structure, NM):
+                raise ValueError(
+                    f"structure of {name!r}: {structure} must keep {structure.n} of each "
+                    f"{structure.m} weights of a layer, and {one} counts by scores; "
+                    f"Uniform(1 - {structure.n} / {structure.m}) fits"
+                )
 
 
 def _schedules(

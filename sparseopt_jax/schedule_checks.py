@@ -12,7 +12,7 @@ import numpy as np
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.plan import Plan
 from sparseopt_jax.schedules import MILLION, Schedule
-from sparseopt_jax.structures import Structure
+from sparseopt_jax.structures import check_is_structure
 from sparseopt_jax.topology import Static, Topology
 
 # Of parts of a way, in float32.
@@ -75,15 +75,10 @@ def _check_followed(
 
 def check_structure(structure: Any, topology: ByPath[Topology] | None = None) -> None:
     """Raise unless ``structure`` is one, several by pattern, or None, and goes with topologies."""
-    if structure is None:
-        return
-    for one in _values(structure):
-        if not isinstance(one, Structure):
-            raise TypeError(f"structure must be a value such as NM(2, 4), or None, got {one!r}")
-    for pattern in structure if isinstance(structure, Mapping) else ():
-        if not isinstance(pattern, str):
-            raise TypeError(f"structure patterns must be strings, got {pattern!r}")
-    if any(getattr(one, "drop_by", None) == "sign" for one in _values(topology)):
+    check_is_structure(structure)
+    if structure is not None and any(
+        getattr(one, "drop_by", None) == "sign" for one in _values(topology)
+    ):
         raise ValueError(
             "drop_by='sign' drops single weights by their sign, so it cannot keep to "
             f"structure={structure}; drop_by='magnitude' can"

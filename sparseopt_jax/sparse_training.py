@@ -41,7 +41,13 @@ from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scal
 from sparseopt_jax.initial_masks import draw_masks
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
 from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.masks import Distribution, apply_masks, fitting, maskable_layers
+from sparseopt_jax.masks import (
+    Distribution,
+    apply_masks,
+    counts_given,
+    fitting,
+    maskable_layers,
+)
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.schedule_checks import check_plan, check_schedule, check_structure
@@ -71,6 +77,7 @@ from sparseopt_jax.trees import (
     path_str,
     unboxed,
 )
+from sparseopt_jax.units import Units
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -105,7 +112,8 @@ def sparse_training(
         that no pattern matches stay dense.
       masks: in place of a distribution, the masks to start from: bool arrays in the structure and
         shapes of the parameters, True everywhere in leaves that ``prunable`` does not choose. They
-        are copied.
+        are copied. With a ``structure`` they have its pattern, or are dense. Traced ones, which
+        cannot be looked at, and those of ``set_masks`` get it from the next topology update.
       schedule: how much over time: ``Cubic``, ``Linear``, ``OneShot``, ``from_optax(...)``. Layers
         start at its initial sparsity, at random where that is not dense, and the topology's updates
         bring them to the distribution's counts. None: these from the start.
@@ -172,6 +180,7 @@ def sparse_training(
     warmup = as_warmup(grown_warmup, topology)
     inner = optax.with_extra_args_support(inner)
     initial_masks = masks
+    given = None if masks is None or structure is None else counts_given(masks, batch_axes)
 
     def regimes_of(activity: PyTree) -> list[Regime]:
         """Each topology that may change masks by itself or when asked, with its leaves."""
@@ -192,6 +201,7 @@ def sparse_training(
             structure=structure,
             topology=topology,
             schedule=schedule,
+            given=given,
         )
 
     def init_fn(params: PyTree) -> SparseTrainingState:
@@ -210,6 +220,9 @@ def sparse_training(
         else:
             masks = fitting(aligned(initial_masks, weights, ("masks", "params")), weights)
             check_dense(masks, lambda path: path not in layers)
+            for path, mask in named_leaves(masks).items():
+                if given and path in given and path in layers:
+                    Units.of(plan.layer(path), plan.shapes[path]).check(path, mask)
             masks = in_auto_mode(lambda m: m, like=weights)(jax.tree.map(jnp.array, masks))
 
         def byte(path: tuple[Any, ...], mask: Array) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparseopt_jax.axes import KernelAxes
+from sparseopt_jax.schedules import MILLION, millionths_of
 from sparseopt_jax.settings import as_bool, as_int, as_number, keep
 
 Array: TypeAlias = jax.Array
@@ -179,7 +180,8 @@ class NM(Structure):
         axis = axes.incoming[-1]
         if min(axes.out) < axes.incoming[0]:  # (out, in, window)
             axis = axes.incoming[0]
-        parts = _split_axis(shape, axis, self.m, f"m={self.m}", "the last incoming one")
+        _check_divides(shape, axis, self.m, f"m={self.m}", "that of the inputs")
+        parts = _split_axis(shape, axis, self.m)
         others = tuple(a for a in range(len(parts)) if a != axis + 1)
         return Split(parts, others, (axis + 1,), ())
 
@@ -190,10 +192,10 @@ class NM(Structure):
             return count
         self.split(shape, axes)
         kept = size * self.n // self.m
-        if abs(count - kept) > 0.5:
+        if count != kept:
             raise ValueError(
-                f"{self} must keep {self.n / self.m:.4g} of the weights, {kept} of {size}, but the "
-                f"distribution gives {count}; Uniform({1 - self.n / self.m:.4g}) fits"
+                f"{self} must keep {self.n / self.m:.4g} of the weights, {kept} of {size}, got "
+                f"{count}; Uniform(1 - {self.n} / {self.m}) fits"
             )
         return kept
 
@@ -242,11 +244,12 @@ class Blocks(Structure):
         if min(axes.out) < axes.incoming[0]:  # (out, in, window)
             first = axes.incoming[0]
         sizes = {first: self.shape[0], last: self.shape[1]}
-        names = {first: "the last incoming one", last: "that of the neurons"}
+        _check_divides(shape, first, self.shape[0], str(self), "that of the inputs")
+        _check_divides(shape, last, self.shape[1], str(self), "that of the neurons")
         parts = shape
         weights: list[int] = []
         for axis in sorted(sizes, reverse=True):
-            parts = _split_axis(parts, axis, sizes[axis], str(self), names[axis])
+            parts = _split_axis(parts, axis, sizes[axis])
             weights = [axis + 1, *(a + 1 for a in weights)]
         members = tuple(a for a in range(len(parts)) if a not in weights)
         return Split(parts, (), members, tuple(weights))
@@ -288,7 +291,8 @@ class ConstantFanIn(Structure):
 
     Attributes:
       ablate: None; or how many salient weights a neuron needs not to be left out: a number below 1
-        is a share of the constant fan-in, at least one weight; 1 and more is the number itself.
+        is a share of the fan-in that all neurons would have, to six decimals, at least one weight;
+        1 and more is the number itself.
         Where too few neurons would be left to hold the weights, as many as it takes are kept, those
         with the most salient weights first. The last layer of a network should not be ablated:
         ``structure={"head/*": ConstantFanIn(), "*": ConstantFanIn(ablate=0.3)}``.
@@ -324,13 +328,30 @@ class ConstantFanIn(Structure):
         """Groups are the neurons, members their incoming weights."""
         return Split(shape, axes.out, axes.incoming, ())
 
+    def rounded(self, count: int, shape: tuple[int, ...], axes: KernelAxes) -> int:
+        """Without ``ablate`` a multiple of the neurons; with it all, for the neurons that stay."""
+        return super().rounded(count, shape, axes) if self.ablate is None else count
+
     def salient_needed(self, members: Array, n_members: int) -> Array:
         """How many salient weights a neuron needs, where it has ``members`` of ``n_members``."""
         assert self.ablate is not None
         if self.ablate >= 1:
-            return jnp.full_like(members, math.ceil(self.ablate))
-        share = jnp.full_like(members, n_members) if self.of_dense else members
-        return jnp.maximum((self.ablate * share.astype(jnp.float32)).astype(jnp.int32), 1)
+            return jnp.full_like(members, min(math.ceil(self.ablate), n_members + 1))
+        fan_in = jnp.full_like(members, n_members) if self.of_dense else members
+        # In integers: 0.29 of 100 are 29, which they are not in every floating-point arithmetic.
+        return jnp.maximum(millionths_of(jnp.int32(round(self.ablate * MILLION)), fan_in), 1)
+
+
+def check_is_structure(structure: Any) -> None:
+    """Raise unless ``structure`` is one, several by pattern, or None."""
+    if structure is None:
+        return
+    for one in structure.values() if isinstance(structure, Mapping) else (structure,):
+        if not isinstance(one, Structure):
+            raise TypeError(f"structure must be a value such as NM(2, 4), or None, got {one!r}")
+    for pattern in structure if isinstance(structure, Mapping) else ():
+        if not isinstance(pattern, str):
+            raise TypeError(f"structure patterns must be strings, got {pattern!r}")
 
 
 def layer_axes(axes: KernelAxes) -> KernelAxes:
@@ -351,13 +372,14 @@ def named(path: str) -> Iterator[None]:
         raise ValueError(f"structure of {path!r}: {error}") from None
 
 
-def _split_axis(
-    shape: tuple[int, ...], axis: int, size: int, what: str, which: str
-) -> tuple[int, ...]:
-    """``shape`` with an axis in two, the second of ``size``."""
+def _check_divides(shape: tuple[int, ...], axis: int, size: int, what: str, which: str) -> None:
     if shape[axis] % size:
         raise ValueError(
             f"{what} must divide axis {axis}, {which}, of a kernel {shape}: {shape[axis]} is no "
             f"multiple of {size}. Name the layers that it is for, structure={{'conv*': ...}}"
         )
+
+
+def _split_axis(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """``shape`` with an axis in two, the second of ``size``."""
     return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparseopt_jax.axes import from_layers, layer_shape, layers_of, to_layers
 from sparseopt_jax.layers import Layer
@@ -22,7 +23,9 @@ Array: TypeAlias = jax.Array
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """How the layers of one leaf lie as (n, members), or as (n, groups, members).
+    """How the layers of one leaf lie as (n, members), or as (n, *groups, members).
+
+    Axes of groups are not made one: that would keep the compiler from reading the leaf as it lies.
 
     Without a structure a layer keeps its shape, (n, *shape).
 
@@ -68,7 +71,9 @@ class Units:
         if self.split is None:
             return layer_shape(self.shape, self.batch)
         n_groups, n_members, _ = self.split.sizes
-        return (n_members,) if n_groups == 1 else (n_groups, n_members)
+        if n_groups == 1:
+            return (n_members,)
+        return (*(self.split.shape[axis] for axis in self.split.groups), n_members)
 
     def of_mask(self, mask: Array) -> Array:
         """Whether members are active: as soon as one of their weights is."""
@@ -96,11 +101,12 @@ class Units:
         members: Array = planned // n_weights if n_groups > 1 else self.split.members_of(planned)
         return members
 
-    def per_group(self, planned: Array) -> Array:
-        """How many members each group of a layer is to have, int32 (n,); ``planned`` as above."""
+    def limits(self, planned: Array) -> Array:
+        """How many members each group is to have, int32 (n, *groups); ``planned`` as above."""
         assert self.split is not None
-        members: Array = self.split.members_of(planned.reshape(self.n_layers))
-        return members
+        groups = self.unit_shape[:-1]
+        members: Array = self.split.members_of(planned.reshape(-1, *[1] * len(groups)))
+        return jnp.broadcast_to(members, (self.n_layers, *groups))
 
     def restored(self, units: Array) -> Array:
         """The leaf's mask from that of its members."""
@@ -111,11 +117,37 @@ class Units:
             layers = self.split.restored(arranged, layer_shape(self.shape, self.batch))
         return from_layers(layers, self.shape, self.batch)
 
+    def check(self, path: str, mask: Array) -> None:
+        """Raise where a mask, which is not traced, does not have the pattern."""
+        if self.split is None:
+            return
+        with jax.ensure_compile_time_eval():
+            active = self.of_mask(mask)
+            in_part = jnp.any(self.restored(active) != mask)
+            counts = np.asarray(jnp.sum(active, axis=-1, dtype=jnp.int32))
+            counts = counts.reshape(self.n_layers, -1)
+        what = None
+        if in_part:
+            what = "weights that are active together are active in part"
+        elif self.grouped_by is not None:
+            for own in counts:
+                # Neurons that were left out have none.
+                own = own[own > 0] if getattr(self.structure, "ablate", None) else own
+                if len(set(own.tolist())) > 1:
+                    what = (
+                        f"of each {active.shape[-1]} between {own.min()} and {own.max()} are "
+                        "active, where all are to have the same number"
+                    )
+        if what is not None:
+            raise ValueError(
+                f"masks leaf {path!r} must have the pattern of {self.structure}: {what}; "
+                "init_masks and masks_from_scores make such masks"
+            )
+
     def _arranged(self, leaf: Array, pooled: Callable[[Array], Array]) -> Array:
         layers = to_layers(jnp.asarray(leaf), self.batch)
         if self.split is None:
             return layers
         parts = self.split.arranged(layers)
-        n_groups, _, n_weights = self.split.sizes
-        parts = pooled(parts) if n_weights > 1 else parts[..., 0]
-        return parts[:, 0] if n_groups == 1 else parts
+        parts = pooled(parts) if self.split.sizes[2] > 1 else parts[..., 0]
+        return parts.reshape(self.n_layers, *self.unit_shape)
