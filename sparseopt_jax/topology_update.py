@@ -20,6 +20,7 @@ from sparseopt_jax.plan import Plan
 from sparseopt_jax.preconditioner import scale_by_fan_in
 from sparseopt_jax.state import SparseTrainingState, at_leaf, maskable, recount
 from sparseopt_jax.topology import Topology
+from sparseopt_jax.tpu_layouts import as_arguments_lie
 from sparseopt_jax.trees import named_leaves
 
 Array: TypeAlias = jax.Array
@@ -115,10 +116,11 @@ def update_if_due(
         return jax.tree.unflatten(counts_structure, every)
 
     def change(activity: list[Array], fan_in: list[Array]) -> tuple[list[Array], list[Array]]:
-        own_scores = tree([ranked[i] for i in leaves])
+        activity = as_arguments_lie(activity)
+        own_scores = tree(as_arguments_lie([ranked[i] for i in leaves]))
         if topology.grow_by == "corrected_gradient":
             own_scores = scale_by_fan_in(own_scores, tree(fan_in), None, regime.batch_axes)
-        own_weights = [weights[i] for i in leaves]
+        own_weights = as_arguments_lie([weights[i] for i in leaves])
         own_masks = [bits.is_active(a) for a in activity]
         layers = plan.described([paths[i] for i in leaves], state.step, own_masks, own_weights)
         given = tree(own_masks)
@@ -129,7 +131,8 @@ def update_if_due(
         # Behind the barrier layers of one shape are alike, and the compiler makes their bytes and
         # counts with one kernel; without it each is fused with its part of a stack.
         new = lax.optimization_barrier(jax.tree.leaves(masks))  # type: ignore[no-untyped-call]
-        return _renewed(activity, fan_in, new, again, leaves)
+        activity, fan_in = _renewed(activity, fan_in, new, again, leaves)
+        return as_arguments_lie(activity), fan_in
 
     own = [old_bytes[i] for i in leaves], [old_counts[i] for i in leaves]
     reads = [weights[i] for i in leaves], [ranked[i] for i in leaves], state.key, state.step
