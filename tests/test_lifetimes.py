@@ -113,6 +113,8 @@ TOPOLOGIES = {
     "corrected": sx.RigL(1, 0.3, 100, grow_by="corrected_gradient"),
     "set": sx.SET(1, 0.3, 100),
     "by_sign": sx.SET(1, 0.3, 100, drop_by="sign"),
+    "random": sx.RigL(1, 0.3, 100, drop_by="random", grow_by="random"),
+    "acdc": sx.ACDC(1, 51),
 }
 
 

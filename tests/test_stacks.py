@@ -3,6 +3,8 @@
 import re
 from functools import partial
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,8 @@ TOPOLOGIES = {
     "set": sx.SET(1, 0.4, 100),
     "sign": sx.SET(1, 0.4, 100, drop_by="sign"),
 }
+# With as many weights for each layer as a density schedule says.
+PLANNED = {"gmp": sx.Prune(1, 100), "granet": sx.RigL(1, 0.4, 100)}
 
 
 def inputs(kind):
@@ -53,7 +57,7 @@ def inputs(kind):
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "nan"])
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", [*TOPOLOGIES, *PLANNED])
 def test_rows_and_stacks_give_the_same_masks(name, kind, monkeypatch):
     """Also under vmap; here with bins of two rows of 128, and one leaf too large for them."""
     monkeypatch.setattr(layerwise, "_LARGEST_STACKED", 500)
@@ -64,7 +68,12 @@ def test_rows_and_stacks_give_the_same_masks(name, kind, monkeypatch):
 
     def update(key):
         layers = sx.describe_layers(trees[0], batch_axes={"stack": 0})
-        return TOPOLOGIES[name].update(key, 1, *trees, layers)
+        if name in PLANNED:
+            layers = {
+                n: dataclasses.replace(layer, planned=layer.count(trees[0][n]) * 3 // 4)
+                for n, layer in layers.items()
+            }
+        return (TOPOLOGIES | PLANNED)[name].update(key, 1, *trees, layers)
 
     keys = jax.random.split(jax.random.key(3), 2)
     stacked = jax.jit(jax.vmap(update))(keys)
@@ -74,9 +83,13 @@ def test_rows_and_stacks_give_the_same_masks(name, kind, monkeypatch):
     assert "x128xf32" in text  # the array of rows is there
     jax.tree.map(np.testing.assert_array_equal, rows, stacked)
     for n, mask in trees[0].items():
-        assert (np.asarray(rows[n]) != np.asarray(mask)).any() == (
-            n != "one" and not (kind == "nan" and n == "b")
-        )
+        stays = kind == "nan" and n == "b" and name != "gmp"  # which reads no gradient
+        changed = (np.asarray(rows[n]) != np.asarray(mask)).any()
+        assert changed == (not stays and (n != "one" or name in PLANNED))
+        if name in PLANNED and not stays:
+            wanted = 3 * np.asarray(mask).sum(axis=(1, 2) if n == "stack" else None) // 4
+            found = np.asarray(rows[n]).reshape(2, *([3, -1] if n == "stack" else [-1]))
+            np.testing.assert_array_equal(found.sum(axis=-1), [wanted, wanted])
 
 
 def test_without_jit_stacks_are_taken(monkeypatch):
