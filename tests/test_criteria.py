@@ -1,5 +1,7 @@
 """What is dropped and grown by: criteria, schedules of the fraction, and policies of one's own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,11 +67,26 @@ def test_the_smallest_by_each_criterion_go(name):
     new = updated(sx.SET(1, half, 10, drop_by=drop_by), mask, weight, grad)
     assert new[kept].all()
     assert new.sum() == 20
-    described = sx.describe_layers({"kernel": mask})["kernel"]
-    planned = type(described)(described.path, described.axes, planned=jnp.int32(10))
     trees = ({"kernel": leaf} for leaf in (mask, weight, grad))
-    pruned = sx.Prune(1, 10, drop_by=drop_by).update(KEY, 1, *trees, {"kernel": planned})
+    pruned = sx.Prune(1, 10, drop_by=drop_by).update(KEY, 1, *trees, planned(mask, 10))
     np.testing.assert_array_equal(pruned["kernel"], kept)
+
+
+def planned(mask, count):
+    """What a density schedule tells a topology."""
+    layer = sx.describe_layers({"kernel": mask})["kernel"]
+    return {"kernel": dataclasses.replace(layer, planned=jnp.int32(count))}
+
+
+@pytest.mark.parametrize("count", [8, 20, 30])
+def test_a_share_of_what_stays_is_replaced(count):
+    """Of the 20 that there are, or of fewer; what is missing grows too."""
+    mask, weight, grad = layer()
+    kept = oracles.top_k_mask(abs(weight), min(count, 20) // 2, where=mask)
+    expected = kept | oracles.top_k_mask(abs(grad), count - kept.sum(), where=~kept)
+    trees = ({"kernel": leaf} for leaf in (mask, weight, grad))
+    found = sx.RigL(1, half, 10).update(KEY, 1, *trees, planned(mask, count))["kernel"]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_dropped_at_random_all_subsets_are_alike():

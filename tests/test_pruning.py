@@ -259,6 +259,24 @@ def test_one_threshold_over_all_layers():
     assert left.min() >= gone.max()
 
 
+def test_one_threshold_counts_on_weights_that_are_there():
+    """A layer comes to lie at 0, with those that the other one has lost."""
+    params = {"a": np.float32(0.01) * PARAMS["head"], "b": PARAMS["head"][:, :8]}
+    tx = sx.sparse_training(
+        optax.sgd(1.0),
+        distribution=sx.Global(0.75),
+        schedule=sx.Linear(0, 12),
+        topology=sx.Prune(INTERVAL, 12),
+    )
+    grads = {name: np.zeros((8, *p.shape), np.float32) for name, p in params.items()}
+    grads["b"][4] = params["b"]
+    (end, _), (_, masks) = jax.tree.map(np.asarray, trained(tx, grads, params))
+    assert not end["b"].any()
+    # 128 + 64 weights, then 144 / 12 less each step, at steps 3 and 6.
+    counts = {name: mask.sum(axis=(1, 2)).tolist() for name, mask in masks.items()}
+    assert counts == {"a": [128] * 3 + [92] * 5, "b": [64] * 6 + [28] * 2}
+
+
 def test_one_threshold_over_the_layers_that_follow():
     """Layers that stay, and what the settings say of them, do not count."""
     distribution = sx.Global(0.8, floor=12, overrides={"head": 0.5})
@@ -278,7 +296,7 @@ def test_one_threshold_over_the_layers_that_follow():
 def test_dense_phases_bring_all_weights_back_at_zero_with_fresh_slots():
     tx = make_tx(sx.ACDC(INTERVAL, 15), None, inner=optax.adam(0.1))
     step = jax.jit(tx.update)
-    params, opt_state = start(tx, PARAMS)
+    params, opt_state = jax.jit(functools.partial(start, tx))(PARAMS)
     came_back = 0
     for i in range(17):
         grads = {name: g[i] for name, g in PLAIN.items()}
@@ -327,9 +345,9 @@ def test_a_run_that_resumes_goes_on_where_it_was():
     tx = TXS["mixed"]
     half = jax.jit(functools.partial(train, tx))
     parts = [{n: g[i : i + 12] for n, g in GRADS.items()} for i in (0, 12)]
-    (params, opt_state), _ = half(jax.jit(functools.partial(start, tx))(PARAMS), parts[0])
-    saved = flax.serialization.to_bytes((params, opt_state))
-    again = start(make_tx(*MIXED), PARAMS)
+    again = jax.jit(functools.partial(start, tx))(PARAMS)
+    middle, _ = half(again, parts[0])
+    saved = flax.serialization.to_bytes(middle)
     (_, opt_state), (_, masks) = half(flax.serialization.from_bytes(again, saved), parts[1])
     (_, expected), (_, every) = alone("mixed")
     jax.tree.map(np.testing.assert_array_equal, opt_state, expected)
@@ -341,7 +359,7 @@ def test_updates_by_hand_are_those_of_the_schedule():
     tx = make_tx(RIGL, automatic=False)
     update = jax.jit(functools.partial(sx.update_topology, tx))
     step = jax.jit(tx.update)
-    params, opt_state = start(tx, PARAMS)
+    params, opt_state = jax.jit(functools.partial(start, tx))(PARAMS)
     _, (_, expected) = alone("granet")
     for i in range(14):
         grads = {name: g[i] for name, g in GRADS.items()}

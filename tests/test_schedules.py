@@ -165,7 +165,11 @@ STARTS = {
         0.5,
         HALF | {"Dense_1/kernel": 300},
     ),
-    "shadowed": ({"*": sx.ERK(0.8), "Dense*": UNIFORM}, 0.5, sx.ERK(0.5).layer_counts(KERNELS)),
+    "shadowed": (
+        {"*": sx.ERK(0.8), "Dense*": sx.ERK(0.9, {"Dense_1/*": 0.5})},
+        0.5,
+        sx.ERK(0.5).layer_counts(KERNELS),
+    ),
 }
 
 
