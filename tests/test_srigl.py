@@ -110,15 +110,15 @@ def test_updates_of_several_layers(settings):
 
 
 def test_the_threshold_by_hand():
-    """Six neurons of four inputs, eight weights. Two salient ones are needed: two neurons have two.
+    """Six neurons of four inputs, and eight weights, which two neurons can hold.
 
-    The dense neuron 0 has three salient weights, 1 has two, others one or none.
+    These two have two salient weights each, the others one.
     """
     mask = jnp.zeros((4, 6), bool).at[0].set(True).at[1, :2].set(True)
     w = jnp.where(mask, jnp.arange(24.0, 0, -1).reshape(4, 6), 0)
     grads = jnp.zeros((4, 6)).at[2, 0].set(9).at[3, 1].set(8).at[3, 5].set(1)
     topology = sx.RigL(interval=1, drop_fraction=lambda step: 0.25, end_step=9)
-    # Of [24..19], 18, 17 the last two go: each neuron has one; 0 and 1 gain one by gradient.
+    # Of 24..17 the last two go, so that each neuron has one; 0 and 1 get one more by gradient.
     # A number that nobody reaches falls to what as many neurons have as hold the weights.
     for ablate in (2, 1e12):
         layers = sx.describe_layers({"w": mask}, structure=sx.ConstantFanIn(ablate=ablate))

@@ -1,9 +1,8 @@
 """Leaves by turns in the rows of one array: the masks of stacks, and tables worked by hand."""
 
+import dataclasses
 import re
 from functools import partial
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp

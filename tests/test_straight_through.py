@@ -1,5 +1,7 @@
 """straight_through: a sparse forward pass and a dense gradient, against both written out."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,25 @@ def test_sr_ste_against_the_chain_rule_by_hand(decay):
     np.testing.assert_allclose(value, (error**2).sum(), rtol=1e-5)
     np.testing.assert_allclose(grads["a"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads["b"], hidden.T @ (2 * error), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_of_a_structure_are_those_made_by_hand():
+    """2:4 forward from ``masks_from_scores`` within the loss, SR-STE's gradient of all weights."""
+    half = sx.Uniform(0.5, dense_first=False)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def grad(params, by_hand):
+        def of_dense(params):
+            masks = {"a": two_of_four(params["a"]), "b": None}
+            if not by_hand:
+                scores = jax.lax.stop_gradient({"a": jnp.abs(params["a"])})
+                masks |= sx.masks_from_scores(scores, half, sx.NM(2, 4))
+            return loss(sx.straight_through(params, masks, 0.25))
+
+        return jax.grad(of_dense)(params)
+
+    params = {"a": jnp.asarray(W1), "b": jnp.asarray(W2)}
+    jax.tree.map(np.testing.assert_array_equal, grad(params, False), grad(params, True))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
