@@ -46,9 +46,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 # What of `experiments` the library's own tests may use: it reads programs that were compiled, and
-# needs no more to be installed than they do.
+# needs no more to be installed than they do. Matplotlib comes with `experiments` too.
 OF_EXPERIMENTS = re.compile(
-    r"^(?:from|import) experiments(?!\.hlo import|\.benchmarks import measuring, update_bytes$)",
+    r"^(?:from|import) (?:matplotlib"
+    r"|experiments(?!\.hlo import|\.benchmarks import measuring, update_bytes$))",
     re.MULTILINE,
 )
 
@@ -57,7 +58,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--library",
         action="store_true",
-        help="only files that test sparseopt_jax: none that imports experiments",
+        help="only files that test sparseopt_jax: none that imports experiments or matplotlib",
     )
 
 
