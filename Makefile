@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 RUN    := $(VENV)/.installed-experiments
 LEAN   := $(VENV)/.installed-library
 CHECK  := $(VENV)/.installed-test
+SITE   := $(VENV)/.installed-docs
 # The TPU compiler that this jax asks for, as its extra `tpu` has it, e.g. libtpu==0.0.42.*
 LIBTPU := $(BIN)/python -c 'import importlib.metadata as m; \
   print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])'
@@ -19,7 +20,7 @@ NEWEST  = $(shell $(PYTHON) .ci/newest_python.py)
 # Where `make bench` keeps its results until all are there: the tree stays that of a commit.
 BENCH  := bench.jsonl
 
-.PHONY: demo test test-library test-fast test-newest lint bench format clean
+.PHONY: demo test test-library test-fast test-newest lint bench format docs clean
 
 demo: $(RUN)
 	$(BIN)/python -m experiments.demo
@@ -66,6 +67,12 @@ format: $(CHECK)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without a network once installed. Sphinx reads the top folder, so that a page's links to files of
+# the repository hold here too; what a link does not find is an error.
+docs: $(SITE)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -c docs . docs/_build
+	@echo docs/_build/index.html
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sparseopt_jax needs Python 3.11 or later; $(PYTHON) is" \
@@ -75,6 +82,10 @@ $(BIN)/python:
 
 $(RUN): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	@touch $@
+
+$(SITE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 # flax, and what the tests compare with: nothing that trains on data.
@@ -91,4 +102,4 @@ $(CHECK): pyproject.toml | $(BIN)/python
 	@touch $@ $(RUN) $(LEAN)
 
 clean:
-	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,10 +21,10 @@ GrowBy: TypeAlias = "str | Momentum"
 class Momentum:
     """To grow by: an exponential average of the gradient with respect to all weights.
 
-    m <- decay * m + (1 - decay) * g on every step, from 0; weights are grown where |m| is largest.
-    It is an array of the parameters' size in float32 more, which each step reads and writes; what
-    is not finite stays out of it. ``update_topology`` ranks what it is given. Criteria to drop by
-    that read the gradient get the average.
+    ``m <- decay * m + (1 - decay) * g`` on every step, from 0; weights are grown where ``|m|`` is
+    largest. It is an array of the parameters' size in float32 more, which each step reads and
+    writes; what is not finite stays out of it. ``update_topology`` ranks what it is given. Criteria
+    to drop by that read the gradient get the average.
 
     Attributes:
       decay: in (0, 1).

@@ -25,11 +25,11 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
 
     Args:
       tx: ``sparse_training(...)``, whatever is wrapped around it, or any optax transformation.
-      params: the parameters, or ``jax.ShapeDtypeStruct``s of them, with ``NamedSharding``s of one
-        mesh; leaves without one count as replicated.
+      params: the parameters, or a ``jax.ShapeDtypeStruct`` of each, with a ``NamedSharding``, all
+        of one mesh; leaves without one count as replicated.
 
     Returns:
-      ``NamedSharding``s in the structure of ``tx.init(params)``, for ``out_shardings`` of
+      A ``NamedSharding`` a leaf, in the structure of ``tx.init(params)``, for ``out_shardings`` of
       ``jax.jit``, ``jax.device_put`` and restoring checkpoints.
 
     Raises:

@@ -139,9 +139,9 @@ def get_explored(opt_state: optax.OptState) -> PyTree:
 def itop_rate(opt_state: optax.OptState) -> Array:
     """ITOP rate R_m: the share of weights that have been active at any time so far.
 
-    R_m = |union of all masks so far| / number of maskable weights. Only leaves that may be sparse
-    count, in numerator and denominator; leaves that ``prunable`` left out do not, a maskable layer
-    that the distribution keeps dense does.
+    R_m = ``|union of all masks so far|`` / number of maskable weights. Only leaves that may be
+    sparse count, in numerator and denominator; leaves that ``prunable`` left out do not, a maskable
+    layer that the distribution keeps dense does.
 
     Args:
       opt_state: as for ``get_masks``.

@@ -75,7 +75,7 @@ class Split(NamedTuple):
         return self.groups + self.members + self.weights
 
     def arranged(self, layers: Array) -> Array:
-        """Layers (n, *kernel) as (n, groups, members, weights of a member)."""
+        """Layers ``(n, *kernel)`` as (n, groups, members, weights of a member)."""
         n = layers.shape[0]
         parts = layers.reshape(n, *self.shape).transpose(0, *(axis + 1 for axis in self._order))
         return parts.reshape(n, *self.sizes)
