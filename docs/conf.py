@@ -25,18 +25,20 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
+default_role = "literal"
 highlight_language = "none"  # indented blocks are commands and what they print
 
-# Docstrings say the types; a list of attributes says more than the fields of a tuple, once each.
+# Docstrings say the types, which annotations would name by where jax and Python define them.
 autodoc_typehints = "none"
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-nitpick_ignore_regex = [("py:(class|exc)", ".*")]  # types in signatures, also Python's and jax's
+nitpick_ignore_regex = [("py:(class|exc)", r"\w+Error|jax\..*")]  # whose sites are elsewhere
 add_module_names = False
 python_maximum_signature_line_length = 72
 
@@ -67,6 +69,12 @@ def prose_returns(app, what, name, value, options, lines):
         lines.insert(lines.index("Returns:") + 1, "  \\")
 
 
+def plain_defaults(app, what, name, value, options, signature, returns):
+    """Shows a class or function by its name, and of a Linen module what is ours."""
+    ours = re.sub(r", parent: .*|, parent=<.*", ")", signature or "")
+    return re.sub(r"<(?:class|function) '?([\w.]+)'?>", r"\1", ours) or None, returns
+
+
 # These are arguments and plain words too: links only with `sx.` before or an argument behind.
 ALSO_WORDS = {"density", "fan_in", "flops", "ham", "summary"}
 
@@ -89,6 +97,7 @@ def link_names(app, doctree):
 def setup(app):
     (attributes,) = (kind for kind in PyObject.doc_field_types if kind.name == "variable")
     attributes.label = "Attributes"
+    app.connect("autodoc-process-signature", plain_defaults)
     app.connect("doctree-read", link_names)
     app.connect("autodoc-process-docstring", prose_returns, priority=400)  # napoleon has 500
     app.connect("autodoc-skip-member", is_a_field)

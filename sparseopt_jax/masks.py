@@ -219,22 +219,21 @@ def fan_in(mask: Array, out_axes: Axes = -1, batch_axes: Axes = ()) -> Array:
       TypeError: the mask is not bool, or an axis no int.
       ValueError: the axes do not fit the mask's rank.
 
-    ====================================================  ==========  ============
-    kernel                                                out_axes    batch_axes
-    ====================================================  ==========  ============
-    Flax, Haiku: Dense (in, out); Conv, also grouped and  -1          ()
-    depthwise (window, in / groups, out)
-    Flax attention's query, key, value (embed, heads,     (-2, -1)    ()
-    head_dim); DenseGeneral with several features
-    Flax attention's out (heads, head_dim, embed)         -1          ()
-    ConvTranspose (window, in, out)                       -1          ()
-    ConvTranspose(transpose_kernel=True)                  -2          ()
-    (window, out, in)
-    Equinox, PyTorch: Linear (out, in);                   0           ()
-    Conv (out, in / groups, window)
-    any of them stacked by nn.scan, vmap or lax.scan      as above,   0
-    along a leading axis                                  from -1
-    ====================================================  ==========  ============
+    =================  ==========  =============================================================
+    out_axes           batch_axes  kernel
+    =================  ==========  =============================================================
+    -1                 ()          Flax, Haiku: Dense (in, out); Conv, also grouped and depthwise
+                                   (window, in / groups, out)
+    (-2, -1)           ()          Flax attention's query, key, value (embed, heads, head_dim);
+                                   DenseGeneral with several features
+    -1                 ()          Flax attention's out (heads, head_dim, embed)
+    -1                 ()          ConvTranspose (window, in, out)
+    -2                 ()          ConvTranspose(transpose_kernel=True) (window, out, in)
+    0                  ()          Equinox, PyTorch: Linear (out, in); Conv (out, in / groups,
+                                   window)
+    as above, from -1  0           any of them stacked by nn.scan, vmap or lax.scan along a
+                                   leading axis
+    =================  ==========  =============================================================
 
     An array alone does not tell its axes. Functions of whole trees find most of them by themselves,
     see ``scale_by_sparseopt``; what they cannot find is attention and transposed kernels without a
