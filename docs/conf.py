@@ -40,6 +40,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 nitpick_ignore_regex = [("py:(class|exc)", r"\w+Error|jax\..*")]  # whose sites are elsewhere
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 72
 
 html_theme = "sphinx_book_theme"
@@ -59,7 +60,8 @@ html_theme_options = {
 
 def is_a_field(app, what, name, value, skip, options):
     """Leaves out the members that the list of attributes has."""
-    return True if what == "class" and not callable(value) else None
+    method = callable(value) or isinstance(value, property)
+    return True if what == "class" and not method else None
 
 
 def prose_returns(app, what, name, value, options, lines):

@@ -63,7 +63,7 @@ class Topology(ABC):
 
     @property
     def own_schedule(self) -> Schedule | None:
-        """None: the density is that of ``sparse_training``'s schedule, if it has one."""
+        """None, where the density is that of ``sparse_training``'s schedule, if it has one."""
         return None
 
     @property
