@@ -39,6 +39,20 @@ def test_the_readme_has_blocks_and_every_fence_is_one_of_them():
         assert fences == ["python", ""] * len(python_blocks(text)), name
 
 
+def test_a_file_of_the_library_imports_only_from_files_above_it_in_the_list():
+    text = TEXTS["CONTRIBUTING.md"]
+    rooms = text[text.index("    sparseopt_jax/ ") : text.index("    experiments/ ")]
+    order = list(dict.fromkeys(re.findall(r"\b([a-z_]+)\.py", rooms)))
+    files = {path.stem: path for path in (ROOT / "sparseopt_jax").glob("*.py")}
+    assert sorted(order) == sorted(files.keys() - {"__init__"})
+    for place, name in enumerate(order):
+        source = files[name].read_text(encoding="utf-8")
+        used = re.findall(r"^ *from sparseopt_jax\.(\w+) import", source, re.MULTILINE)
+        used += re.findall(r"^ *from sparseopt_jax import (\w+)", source, re.MULTILINE)
+        below = [other for other in used if other in order[place:]]
+        assert not below, f"{name} imports {', '.join(below)}"
+
+
 def shown_outputs(text):
     """For each block, the indented lines that follow it: what the page says that it prints."""
     found = re.findall(
