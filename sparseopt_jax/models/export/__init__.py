@@ -1,0 +1,3 @@
+"""The models of `sparseopt_jax.models` in the formats of others, for inference."""
+
+from sparseopt_jax.models.export.stablehlo import to_stablehlo as to_stablehlo
