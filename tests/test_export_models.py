@@ -2,16 +2,21 @@
 
 import importlib.util
 import math
+import re
+import sys
 
 import jax
 import jax.export
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from flax.traverse_util import unflatten_dict
 
 from sparseopt_jax import models
 from sparseopt_jax.models import export
 from tests.model_variables import images, random_variables
+from tests.test_docs import PROJECT
 
 # Each shortcut, both stems and blocks, odd sizes under strides of 2, and every normalisation.
 MODELS = {
@@ -189,6 +194,64 @@ def test_state_dict_of_an_mlp_in_a_forward_pass_of_its_own(name):
     )
 
 
+# --- ONNX ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_runtime_computes_what_the_model_does(name):
+    model, variables, x, expected = sparse_model(name)
+    content = export.to_onnx(model, variables, x.shape[1:])
+    dense = export.to_onnx(model, variables, x.shape[1:], sparse=False)
+    onnx.checker.check_model(content)
+    onnx.checker.check_model(dense, full_check=True)
+    session, other = (
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        for file in (content, dense)
+    )
+    (given,), (result,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape) == ("x", ["batch", *x.shape[1:]])
+    assert (result.name, result.shape) == ("logits", ["batch", model.num_classes])
+    scale = np.abs(expected).max()
+    for examples in (x, x[:1]):
+        (found,) = session.run(None, {"x": examples})
+        np.testing.assert_allclose(found, expected[: len(examples)], rtol=0, atol=1e-5 * scale)
+        np.testing.assert_array_equal(found, other.run(None, {"x": examples})[0])
+
+
+def test_onnx_initializers_are_sparse_where_that_is_smaller():
+    model = models.MLP((64, 64, 64), num_classes=64, norm="none")
+    values = random_variables(model, (1, 64))
+    rng = np.random.default_rng(0)
+    for layer, density in (("dense0", 0.3), ("dense1", 0.4), ("dense2", 0.0)):
+        values[f"params/{layer}/kernel"] *= rng.random((64, 64)) < density
+    variables = unflatten_dict(values, sep="/")
+    graph = onnx.load_from_string(export.to_onnx(model, variables, (64,))).graph
+    assert [tensor.values.name for tensor in graph.sparse_initializer] == [
+        "dense0/kernel",
+        "dense2/kernel",
+    ]
+    for tensor in graph.sparse_initializer:
+        kernel = values[f"params/{tensor.values.name}"]
+        positions = onnx.numpy_helper.to_array(tensor.indices)
+        assert list(tensor.dims) == [64, 64]
+        np.testing.assert_array_equal(positions, np.flatnonzero(kernel))
+        found = onnx.numpy_helper.to_array(tensor.values)
+        np.testing.assert_array_equal(found, kernel.reshape(-1)[positions])
+    assert {"dense1/kernel", "head/kernel"} < {each.name for each in graph.initializer}
+
+
+def test_onnx_says_when_it_cannot(monkeypatch):
+    model, variables, x, _ = sparse_model("mlp")
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseopt_jax.models.export.onnx._LARGEST", 100)
+        with pytest.raises(ValueError, match="an ONNX file holds at most 100"):
+            export.to_onnx(model, variables, x.shape[1:])
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (onnx_,) = PROJECT["optional-dependencies"]["onnx"]
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"pip install '{onnx_}'")):
+        export.to_onnx(model, variables, x.shape[1:])
+
+
 # --- arguments -------------------------------------------------------------------------------
 
 
@@ -209,8 +272,9 @@ def test_what_cannot_be_exported_is_named():
         ((model, other, shape), ValueError, r"'params/head/.* has \((16, )?5,?\) there"),
         ((model, [1], shape), TypeError, "variables must be what model.init returns"),
     ):
-        with pytest.raises(error, match=message):
-            export.to_stablehlo(*arguments)
+        for function in (export.to_stablehlo, export.to_onnx):
+            with pytest.raises(error, match=message):
+                function(*arguments)
     for arguments, error, message in (
         ((object(), variables), TypeError, "model must be an MLP or ResNet"),
         ((model, [1]), TypeError, "variables must be what model.init returns"),

@@ -9,6 +9,7 @@ import jax
 import jax.export  # not brought in by jax itself
 
 from sparseopt_jax.models.export import checked
+from sparseopt_jax.settings import as_bool
 from sparseopt_jax.trees import unboxed
 
 
@@ -42,7 +43,8 @@ def to_stablehlo(
       ``(batch, *input_shape)``, its result float32 logits of shape ``(batch, num_classes)``.
 
     Raises:
-      TypeError: ``model`` is not of this library, or ``input_shape`` is no shape.
+      TypeError: ``model`` is not of this library, or ``input_shape`` is no shape,
+        ``constants`` no bool.
       ValueError: ``variables`` are not those of the model for such examples.
 
     Example:
@@ -65,7 +67,7 @@ def to_stablehlo(
 
     (batch,) = jax.export.symbolic_shape("batch")
     x = checked.example(batch, input_shape)
-    if constants:
+    if as_bool("constants", constants):
         program = jax.jit(lambda x: forward(arrays, x))
         exported = jax.export.export(program, platforms=platforms)(x)
     else:
