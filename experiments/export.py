@@ -1,26 +1,41 @@
-"""The final parameters of a run as a compact file: `python -m experiments.export RUN --to=FILE`.
+"""The model that a run has trained, in one file: `python -m experiments.export RUN --to=FILE`.
 
 RUN is a work folder of `experiments.train` with one finished run, or the folder of one of several
-(`DIR/runs/sparseopt-seed0`). FILE then has `params`, with their masks, and `batch_stats`, as the
-model's `apply` takes them; `sx.load_compact(FILE)` and `sx.load_compact_masks(FILE)` read it.
+(`DIR/runs/sparseopt-seed0`). The ending of FILE says what it is to be:
+
+    none, .compact, .safetensors   a compact file, which `sx.load_compact` and
+                                   `sx.load_compact_masks` read: `params`, with their masks, and
+                                   `batch_stats`, as the model's `apply` takes them
+    .stablehlo                     a program with its weights, for `jax.export.deserialize`
+    .onnx                          ONNX, with sparse initializers
+    .tflite                        LiteRT, with its encoding of sparse kernels
+    .pt, .npz                      the state dict of torchvision's ResNets, of PyTorch or NumPy
+
+Those after the first take images as the run did, (image - mean) / std, whose numbers are printed.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import sparseopt_jax as sx
-from experiments import checkpoint, metrics
+from experiments import build, checkpoint, metrics
 from experiments.checkpoint import CheckpointError
 from experiments.command_line import Parser
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
 from experiments.paths import local_path, output_file
 from experiments.terminal import tolerant_output
+from sparseopt_jax.models import export as formats
+
+_COMPACT = ("", ".compact", ".safetensors")
 
 
 def final_variables(run: pathlib.Path) -> tuple[dict[str, Any], Any]:
@@ -87,8 +102,37 @@ def find_run(folder: pathlib.Path) -> pathlib.Path:
     return runs[0]
 
 
+def _npz(model: Any, variables: Any, shape: Sequence[int]) -> bytes:
+    content = io.BytesIO()
+    state: dict[str, Any] = dict(formats.to_pytorch(model, variables))
+    np.savez_compressed(content, **state)
+    return content.getvalue()
+
+
+def _pt(model: Any, variables: Any, shape: Sequence[int]) -> bytes:
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "--to=FILE.pt needs PyTorch, which is not installed; FILE.npz has the same arrays"
+            " without it: {name: torch.from_numpy(array) for name, array in np.load(FILE).items()}"
+        ) from error
+    state, content = formats.to_pytorch(model, variables), io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, content)
+    return content.getvalue()
+
+
+_FORMATS: Mapping[str, tuple[str, Callable[[Any, Any, Sequence[int]], bytes]]] = {
+    ".stablehlo": ("StableHLO", formats.to_stablehlo),
+    ".onnx": ("ONNX", formats.to_onnx),
+    ".tflite": ("LiteRT", formats.to_tflite),
+    ".pt": ("PyTorch's state dict", _pt),
+    ".npz": ("PyTorch's state dict", _npz),
+}
+
+
 def export(folder: pathlib.Path, file: pathlib.Path, values: str = "exact") -> str:
-    """Writes a compact file; returns a line that says how large it is.
+    """Writes a file of the format that its ending names; returns lines that say what it has.
 
     Args:
       folder: as `find_run` takes it.
@@ -97,19 +141,52 @@ def export(folder: pathlib.Path, file: pathlib.Path, values: str = "exact") -> s
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged.
-      ConfigError: there is no such run.
+      ConfigError: there is no such run or format, or what the format needs is not there.
       OSError: the file cannot be written.
     """
+    if file.suffix not in (*_COMPACT, *_FORMATS):
+        raise ConfigError(
+            f"--to={file} must end in .compact or {', '.join(_FORMATS)}, or in nothing for a"
+            f" compact file; got {file.suffix!r}"
+        )
+    if file.suffix in _FORMATS and values != "exact":
+        raise ConfigError(f"--values={values} is for compact files; --to={file} is none")
     run = find_run(folder)
     variables, masks = final_variables(run)
-    both = None if masks is None else {"params": masks, "batch_stats": None}
-    sx.save_compact(file, variables, both, values=values)
+    if file.suffix in _FORMATS:
+        what, more = _write_model(run, variables, file)
+    else:
+        both = None if masks is None else {"params": masks, "batch_stats": None}
+        sx.save_compact(file, variables, both, values=values)
+        what, more = "compact file", ""
     weights = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     kept = weights if masks is None else sum(int(leaf.sum()) for leaf in jax.tree.leaves(masks))
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     return (
-        f"{file}: {file.stat().st_size:,} bytes, dense {dense:,}; {run.name}, {kept:,} of"
-        f" {weights:,} parameters"
+        f"{file}: {what}, {file.stat().st_size:,} bytes, dense {dense:,}; {run.name}, {kept:,} of"
+        f" {weights:,} parameters{more}"
+    )
+
+
+def _write_model(run: pathlib.Path, variables: Any, file: pathlib.Path) -> tuple[str, str]:
+    """Writes a format that is no compact file; its name, and a line on what the model takes."""
+    origin = metrics.read_json(run / "run.json")
+    if "images" not in origin:
+        raise ConfigError(
+            f"RUN={run} does not say what images it takes: it is of an older version, of which"
+            " only compact files can be written"
+        )
+    name, write = _FORMATS[file.suffix]
+    images = origin["images"]
+    num_classes = len(variables["params"]["head"]["bias"])
+    model = build.make_model(Config.from_json(origin["config"]), num_classes)
+    try:
+        metrics.write_atomically(file, write(model, variables, images["shape"]))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--to={file}: {error}") from error
+    return name, (
+        f"\nIt takes (image - mean) / std, with images {images['shape']} of values from 0 to 255,"
+        f" mean {images['mean']}, std {images['std']}"
     )
 
 
@@ -118,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="python -m experiments.export",
-        description="Writes the final parameters of a run, and their masks, to a compact file.",
+        description="Writes the model that a run has trained to a compact file, or to"
+        " .stablehlo, .onnx, .tflite, .pt or .npz (PyTorch's state dict), by the ending of FILE.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="a work folder, or DIR/runs/METHOD-seedK")

@@ -111,6 +111,11 @@ class Record:
         content = {
             "config": dataclasses.asdict(self._member.config),
             "group": self._group,
+            "images": {  # what the model takes: (image - mean) / std
+                "shape": self._dataset.image_shape,
+                "mean": self._dataset.mean,
+                "std": self._dataset.std,
+            },
             "sessions": sessions,
         }
         metrics.write_json(path, content)

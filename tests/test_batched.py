@@ -113,8 +113,14 @@ def test_every_run_can_be_exported_bit_for_bit(alone, together, tmp_path, capsys
         masks = None if dense else sx.load_compact_masks(file)["params"]
         assert metrics.state_sha256(variables["params"], masks) == result["state_sha256"]
         assert variables["batch_stats"].keys() == {"norm0", "norm1"}
+        assert export.main([str(path), f"--to={file}.npz"]) == 0
+        weight = np.load(f"{file}.npz")["dense1.weight"]
+        np.testing.assert_array_equal(weight, variables["params"]["dense1"]["kernel"].T)
+        said = capsys.readouterr().out.splitlines()
         kept = result["parameters"] - result["maskable_weights"] + result["active_weights"]
-        assert f"{kept:,} of {result['parameters']:,} parameters" in capsys.readouterr().out
+        counts = f"{kept:,} of {result['parameters']:,} parameters"
+        assert [line.endswith(counts) for line in said] == [True, True, False]
+        assert "with images [8, 8, 1] of values" in said[-1]
 
 
 def test_stopped_in_the_middle_it_goes_on_bit_for_bit(together, tmp_path, monkeypatch, capsys):
