@@ -13,6 +13,7 @@ import pytest
 from experiments.benchmarks import (
     bcsr,
     convolution,
+    exports,
     host,
     keep_top_k,
     measuring,
@@ -90,6 +91,27 @@ def test_a_model_without_dead_channels_is_compared_with_the_whole():
     )
     assert result["parameters"]["whole"] - result["parameters"]["smaller"] == lost
     assert result["largest_difference"] < 1e-5
+
+
+def test_formats_are_compared(monkeypatch, capsys):
+    model = models.ResNet((1,), num_classes=3, base_channels=8, stem="conv3x3")
+    monkeypatch.setattr(exports.models, "ResNet50", lambda: model)
+    names = [name for name, needed in exports.FORMATS.items() if "tensorflow" not in needed]
+    monkeypatch.setattr(
+        exports, "FORMATS", {n: exports.FORMATS[n] for n in names} | {"x": ("no_x",)}
+    )
+    assert exports.main(["--image_size=8", "--repeats=1"]) == 0
+    *rows, missing = capsys.readouterr().out.splitlines()
+    assert missing == "x: left out, needs no_x"
+    found = {name: row for row in rows for name in names if row.startswith(f"{name:28}")}
+    assert sorted(found) == sorted(names)
+    errors = [
+        float(found[n].split("error")[1].split()[0])
+        for n in names
+        if "error       -" not in found[n]
+    ]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
 
 
 KERNELS = {
