@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from sparseopt_jax.explicit import varying_as
-from sparseopt_jax.selection import random_masks, shuffled_indices, top_k_masks
+from sparseopt_jax.selection import counts, random_masks, shuffled_indices, top_k_masks
 from sparseopt_jax.stacks import Stacked, Stacks
 from sparseopt_jax.structures import ConstantFanIn, Structure
 
@@ -63,14 +63,14 @@ def largest_of_groups(
             for i, (stack, rank) in enumerate(zip(stacks, ranks, strict=True))
         ]
     rows = None if where is None else [stack.reshape(-1, stack.shape[-1]) for stack in where]
-    counts = jnp.concatenate([each.reshape(-1) for each in k])
+    how_many = jnp.concatenate([each.reshape(-1) for each in k])
     if scores is None:
         assert key is not None
         assert rows is not None
-        chosen = random_masks(key, Stacked.of(*(row.shape for row in rows)), counts, rows)
+        chosen = random_masks(key, Stacked.of(*(row.shape for row in rows)), how_many, rows)
     else:
         flat = [stack.reshape(-1, stack.shape[-1]) for stack in scores]
-        chosen = top_k_masks(flat, counts, key, rows, by_magnitude=by_magnitude)
+        chosen = top_k_masks(flat, how_many, key, rows, by_magnitude=by_magnitude)
     return [c.reshape(s.shape) for c, s in zip(chosen, stacks, strict=True)]
 
 
@@ -134,18 +134,13 @@ def update_groups(
     ]
     if isinstance(structure, ConstantFanIn) and structure.ablate is not None:
         large = top_k_masks(scores, amounts.n_drop, salient_key, by_magnitude=True, layout=layout)
-        salient = [
-            jnp.sum(k | g, axis=2, dtype=jnp.int32) for k, g in zip(kept, large, strict=True)
-        ]
+        salient = [_counted(k | g) for k, g in zip(kept, large, strict=True)]
         limits = _ablated(structure, masks, salient, limits, amounts.n_total)
         kept = kept_of([m & (limit > 0)[..., None] for m, limit in zip(masks, limits, strict=True)])
     kept = _at_most(kept, limits, weights, cut_key)
     new = kept
     if grow is not None:
-        missing = [
-            limit - jnp.sum(k, axis=2, dtype=jnp.int32)
-            for k, limit in zip(kept, limits, strict=True)
-        ]
+        missing = [limit - _counted(k) for k, limit in zip(kept, limits, strict=True)]
         free = [~k for k in kept]
         by = scores if grow == "scores" else None
         grown = largest_of_groups(by, missing, grow_key, free)
@@ -185,7 +180,7 @@ def _at_most(kept: Stacks, limits: Sequence[Array], weights: Stacks, key: Array)
 
     A group has more only after its limit fell, or where masks from outside do not have the pattern.
     """
-    over = [jnp.any(jnp.sum(k, axis=2) > limit) for k, limit in zip(kept, limits, strict=True)]
+    over = [jnp.any(_counted(k) > limit) for k, limit in zip(kept, limits, strict=True)]
     start = varying_as(kept, kept, limits, weights, key)
 
     def cut(kept: Stacks) -> Stacks:
@@ -193,6 +188,13 @@ def _at_most(kept: Stacks, limits: Sequence[Array], weights: Stacks, key: Array)
 
     cut_if: Stacks = lax.cond(jnp.any(jnp.stack(over)), cut, lambda kept: kept, start)
     return cut_if
+
+
+def _counted(mask: Array) -> Array:
+    """How many members of each group are True, int32 (n, groups)."""
+    rows = mask.reshape(-1, mask.shape[2])
+    # Two sums at once are one pass; a CPU would write out what a single one is of.
+    return counts(rows, ~rows)[0].reshape(mask.shape[:2])
 
 
 def _random_ranks(key: Array | None, where: Stacks) -> Sequence[Array | None]:

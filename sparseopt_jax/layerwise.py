@@ -122,7 +122,9 @@ def update_layerwise(
         return [unit.restored(new[i]) for i, unit in enumerate(units)]
 
     planned = [layer.planned for layer in told]
-    if any(layer.planned is not None or layer.structure is not None for layer in told):
+    # A member of several weights may be active in part, where masks do not have the pattern yet.
+    in_part = any(unit.split is not None and unit.split.sizes[2] > 1 for unit in units)
+    if in_part or any(count is not None for count in planned):
         planned = [layer.count(mask) for layer, mask in zip(told, leaves, strict=True)]
     updated = in_auto_mode(update, like=leaves)(key, jnp.asarray(step), trees, planned)
     return boxed_like(jax.tree.unflatten(structure, updated), boxed)
