@@ -224,6 +224,12 @@ def plan_of(
     )
 
 
+def _outside(distribution: Any, names: Sequence[str]) -> set[str]:
+    """The layers that a distribution leaves out of its budget; one of the user's own has all in."""
+    outside = getattr(distribution, "outside", None)
+    return set() if outside is None else set(outside(names))
+
+
 def _check_fixed(
     distribution: ByPath[Distribution],
     structures: Mapping[str, Structure],
@@ -238,7 +244,7 @@ def _check_fixed(
         names = [name for i, name in enumerate(path_of) if i in numbers]
         if not hasattr(one, "counts_from_scores"):
             continue
-        for name in sorted(set(names) - set(one.outside(names))):
+        for name in sorted(set(names) - _outside(one, names)):
             structure = structures.get(path_of[name])
             if isinstance(structure, NM):
                 raise ValueError(
