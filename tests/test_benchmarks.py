@@ -20,6 +20,7 @@ from experiments.benchmarks import (
     profiles,
     removal,
     step_time,
+    structures,
     topology_update,
 )
 from experiments.benchmarks import upstream_kernel_gradient as upstream
@@ -118,6 +119,16 @@ KERNELS = {
     path: jax.ShapeDtypeStruct(shape, jnp.float32)
     for path, shape in {"a": (3, 3, 8, 16), "b": (40, 24)}.items()
 }
+
+
+def test_structures_on_small_kernels(monkeypatch, capsys, tmp_path):
+    """It raises by itself where 2:4 does not keep half of the weights."""
+    monkeypatch.setattr(measuring, "resnet50_params", lambda: {"b": KERNELS["b"]})
+    assert structures.main(["--size=16", "--repeats=1", f"--json={tmp_path / 'j'}"]) == 0
+    assert "constant_fan_in" in capsys.readouterr().out
+    result = json.loads((tmp_path / "j").read_text())
+    assert set(result["selection"]["ratio"]) == {"flax", "out_in"}
+    assert set(result["update"]["ratio"]) == {"constant_fan_in", "ablation"}
 
 
 def test_topology_updates_choose_the_same():
