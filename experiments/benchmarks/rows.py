@@ -307,7 +307,6 @@ ROWS = (
             f"{_BENCHMARK}.input_pipeline",
             f"{{ratio[tf.data {name}]:.2f}} (of {{images_per_second[tf.data {name}]:,.0f}})",
             "at least 2",
-            readme=True,
         )
         for name in ("bicubic", "bilinear")
     ),
@@ -317,7 +316,6 @@ ROWS = (
         f"{_BENCHMARK}.input_pipeline",
         "{on_device[share_of_training]/0.01:.2f} %"
         " ({on_device[epoch_seconds_without_model]:.2f} s an epoch)",
-        readme=True,
     ),
     Row(
         "FLOPs of sparse ResNet-50 over dense (RigL's published)",
