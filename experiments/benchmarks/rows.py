@@ -186,6 +186,19 @@ ROWS = (
         backend="gpu",
     ),
     Row(
+        "`masks_from_scores` with `NM(2, 4)` of a 4096x4096 kernel, over one pass over it, time",
+        f"{_BENCHMARK}.structures",
+        "{selection[ratio][flax]:.2f} (of (out, in): {selection[ratio][out_in]:.2f})",
+        "at most 2",
+    ),
+    Row(
+        "RigL's topology update of ResNet-50 with `ConstantFanIn()`, over that without a structure,"
+        " time",
+        f"{_BENCHMARK}.structures",
+        "{update[ratio][constant_fan_in]:.2f} (with ablation {update[ratio][ablation]:.2f})",
+        "at most 1",
+    ),
+    Row(
         "train step of a GPT-like block, 12.6 M weights, 8 x 256 tokens, AdamW and `keep_top_k` at"
         " 0.1 over AdamW alone",
         f"{_BENCHMARK}.keep_top_k",
