@@ -114,7 +114,8 @@ def test_every_run_can_be_exported_bit_for_bit(alone, together, tmp_path, capsys
         assert metrics.state_sha256(variables["params"], masks) == result["state_sha256"]
         assert variables["batch_stats"].keys() == {"norm0", "norm1"}
         assert export.main([str(path), f"--to={file}.npz"]) == 0
-        weight = np.load(f"{file}.npz")["dense1.weight"]
+        with np.load(f"{file}.npz") as state:
+            weight = state["dense1.weight"]
         np.testing.assert_array_equal(weight, variables["params"]["dense1"]["kernel"].T)
         said = capsys.readouterr().out.splitlines()
         kept = result["parameters"] - result["maskable_weights"] + result["active_weights"]

@@ -82,9 +82,9 @@ def test_the_ending_chooses_the_format(trained, tmp_path, capsys):
     np.testing.assert_allclose(program.call(x), expected, rtol=1e-5, atol=1e-5)
     (found,) = onnxruntime.InferenceSession(tmp_path / "file.onnx").run(None, {"x": x})
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    state = np.load(tmp_path / "file.npz")
     kernel = variables["params"]["dense0"]["kernel"]
-    np.testing.assert_array_equal(state["dense0.weight"], kernel.T)
+    with np.load(tmp_path / "file.npz") as state:
+        np.testing.assert_array_equal(state["dense0.weight"], kernel.T)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
