@@ -15,6 +15,17 @@ MODELS = {
         models.ResNet((1, 2), bottleneck=True, num_classes=5, base_channels=3),
         (32, 33, 3),
     ),
+    "inner channels": (
+        models.ResNet(
+            (1, 1),
+            True,
+            num_classes=5,
+            base_channels=4,
+            stem="conv3x3",
+            inner_channels=((2, 3), (5, 1)),
+        ),
+        (8, 7, 3),
+    ),
     "mlp": (models.MLP((6, 5), num_classes=3), (4, 3)),
     "layer norm": (models.MLP((6,), num_classes=3, norm="layer"), (4,)),
     "no norm": (models.MLP((6,), num_classes=3, norm="none"), (4,)),

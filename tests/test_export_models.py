@@ -250,6 +250,12 @@ def test_what_cannot_be_exported_is_named():
         for function in (export.to_stablehlo, export.to_onnx):
             with pytest.raises(error, match=message):
                 function(*arguments)
+    for platforms in (("gpu",), (), ("cpu", "nope"), [1]):
+        with pytest.raises(ValueError, match=r"platforms must be some of cpu, cuda, rocm, tpu"):
+            export.to_stablehlo(model, variables, shape, platforms=platforms)
+    for function in (export.to_stablehlo, export.to_onnx):
+        with pytest.raises(TypeError, match="variables have 'batch_stats/bn_stem/mean' traced"):
+            jax.eval_shape(lambda v, function=function: function(model, v, shape), variables)
     for arguments, error, message in (
         ((object(), variables), TypeError, "model must be an MLP or ResNet"),
         ((model, [1]), TypeError, "variables must be what model.init returns"),

@@ -50,6 +50,7 @@ def checked_variables(
     """The leaves by path, once they are found to be those of the model for such examples.
 
     Raises:
+      TypeError: they are no mapping, or traced.
       ValueError: paths or shapes are others, or the model takes no examples of that shape.
     """
     shape = checked_shape(input_shape)
@@ -73,6 +74,11 @@ def checked_variables(
             raise ValueError(
                 f"variables have {path!r} of shape {np.shape(found[path])}; the model has"
                 f" {expected[path].shape} there, for input_shape={shape}"
+            )
+        if isinstance(found[path], jax.core.Tracer):
+            raise TypeError(
+                f"variables have {path!r} traced, and an export writes their values: call it"
+                " outside of jax.jit and other transformations"
             )
     return found
 

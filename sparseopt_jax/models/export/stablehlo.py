@@ -12,6 +12,8 @@ from sparseopt_jax.models.export import checked
 from sparseopt_jax.settings import as_bool
 from sparseopt_jax.trees import unboxed
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
 
 def to_stablehlo(
     model: checked.Model,
@@ -19,7 +21,7 @@ def to_stablehlo(
     input_shape: Sequence[int],
     *,
     constants: bool = True,
-    platforms: Sequence[str] = ("cpu", "cuda", "rocm", "tpu"),
+    platforms: Sequence[str] = _PLATFORMS,
 ) -> bytes:
     """The model's inference as StableHLO, serialised by ``jax.export``, for batches of any size.
 
@@ -36,7 +38,7 @@ def to_stablehlo(
       variables: ``params`` and ``batch_stats``, as ``model.init`` returns them.
       input_shape: of one example, without the batch, such as ``(224, 224, 3)``.
       constants: have the variables in the program; otherwise they are its first argument.
-      platforms: on which of JAX's the program is to run.
+      platforms: on which the program is to run, of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``.
 
     Returns:
       The serialised program. Its last argument is ``x``, float32 of shape
@@ -45,7 +47,8 @@ def to_stablehlo(
     Raises:
       TypeError: ``model`` is not of this library, or ``input_shape`` is no shape,
         ``constants`` no bool.
-      ValueError: ``variables`` are not those of the model for such examples.
+      ValueError: ``variables`` are not those of the model for such examples, or a
+        platform is none of those.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,12 +68,15 @@ def to_stablehlo(
     def forward(variables: Any, x: jax.Array) -> Any:
         return model.apply(variables, x)
 
+    chosen = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    if not chosen or not set(chosen) <= set(_PLATFORMS):
+        raise ValueError(f"platforms must be some of {', '.join(_PLATFORMS)}, got {platforms!r}")
     (batch,) = jax.export.symbolic_shape("batch")
     x = checked.example(batch, input_shape)
     if as_bool("constants", constants):
         program = jax.jit(lambda x: forward(arrays, x))
-        exported = jax.export.export(program, platforms=platforms)(x)
+        exported = jax.export.export(program, platforms=chosen)(x)
     else:
         like = jax.eval_shape(lambda leaves: leaves, arrays)
-        exported = jax.export.export(jax.jit(forward), platforms=platforms)(like, x)
+        exported = jax.export.export(jax.jit(forward), platforms=chosen)(like, x)
     return bytes(exported.serialize())
