@@ -166,6 +166,10 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
         )
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
+    if set(layout) != {"1", "x"}:
+        # The library takes what it traces for unsharded where there is one device alone.
+        with contextlib.suppress(RuntimeError):  # The host's devices are there already.
+            jax.config.update("jax_num_cpu_devices", 2)  # type: ignore[no-untyped-call]
     options = dict(known.options)
     if set(layout) == {"1", "x"}:  # a machine with less than the usual four chips
         options["chips_per_host_bounds"] = (1, 1, 1)

@@ -137,10 +137,11 @@ def update_groups(
         salient = [_counted(k | g) for k, g in zip(kept, large, strict=True)]
         limits = _ablated(structure, masks, salient, limits, amounts.n_total)
         kept = kept_of([m & (limit > 0)[..., None] for m, limit in zip(masks, limits, strict=True)])
-    kept = _at_most(kept, limits, weights, cut_key)
+    n_kept = [_counted(k) for k in kept]
+    kept = _at_most(kept, n_kept, limits, weights, cut_key)
     new = kept
     if grow is not None:
-        missing = [limit - _counted(k) for k, limit in zip(kept, limits, strict=True)]
+        missing = [jnp.maximum(limit - n, 0) for n, limit in zip(n_kept, limits, strict=True)]
         free = [~k for k in kept]
         by = scores if grow == "scores" else None
         grown = largest_of_groups(by, missing, grow_key, free)
@@ -175,12 +176,18 @@ def _ablated(
     return found
 
 
-def _at_most(kept: Stacks, limits: Sequence[Array], weights: Stacks, key: Array) -> Stacks:
+def _at_most(
+    kept: Stacks,
+    n_kept: Sequence[Array],
+    limits: Sequence[Array],
+    weights: Stacks,
+    key: Array,
+) -> Stacks:
     """``kept`` without the smallest of the groups that have more than their limit.
 
     A group has more only after its limit fell, or where masks from outside do not have the pattern.
     """
-    over = [jnp.any(_counted(k) > limit) for k, limit in zip(kept, limits, strict=True)]
+    over = [jnp.any(n > limit) for n, limit in zip(n_kept, limits, strict=True)]
     start = varying_as(kept, kept, limits, weights, key)
 
     def cut(kept: Stacks) -> Stacks:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 
@@ -33,6 +32,8 @@ def outlined(function: Callable[..., Any], *arguments: Any, **settings: Any) -> 
     It compiles equal kernels once. What it inlines it fuses with what is around it, constants
     included, and then no two layers' kernels are equal.
     """
+    from jax.experimental.xla_metadata import set_xla_metadata  # `import jax` leaves it out.
+
     # Without the barrier constants among the arguments become part of what is called.
     arguments = lax.optimization_barrier(arguments)  # type: ignore[no-untyped-call]
     with set_xla_metadata(inlineable="false"):  # type: ignore[no-untyped-call]
@@ -41,6 +42,8 @@ def outlined(function: Callable[..., Any], *arguments: Any, **settings: Any) -> 
 
 @functools.cache
 def _jitted(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Any:
+    from jax.experimental.xla_metadata import set_xla_metadata
+
     def inlining(*arguments: Any) -> Any:
         with set_xla_metadata(inlineable=None):  # type: ignore[no-untyped-call]
             return function(*arguments, **dict(settings))

@@ -30,7 +30,9 @@ class Schedule(ABC):
     Attributes:
       initial_sparsity: the share of weights that is missing at first, in [0, 1); 0 is dense.
       end_step: the step from which on the distribution's counts are wanted.
-      final_sparsity: the distribution's, where the schedule states it; None, the default, fits all.
+
+    Its ``final_sparsity`` is the distribution's, where the schedule states it; None, the default,
+    fits all.
 
     Example:
       >>> import sparseopt_jax as sx

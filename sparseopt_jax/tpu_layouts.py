@@ -14,7 +14,6 @@ from typing import TypeAlias
 
 import jax
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 Array: TypeAlias = jax.Array
 
@@ -22,10 +21,13 @@ _TILE = (8, 128)
 
 
 def as_arguments_lie(arrays: Sequence[Array]) -> list[Array]:
-    """The arrays, in a program for a TPU in the layouts of its arguments; else as they are.
+    """The arrays, in a program for a single TPU in the layouts of its arguments; else as they are.
 
-    Other layouts would be right as well; an array is copied then.
+    Other layouts would be right as well; an array is copied then. Where arrays may be sharded they
+    are left alone: the partitioner gathers some of those whose layout is constrained.
     """
+    if jax.device_count() > 1:
+        return list(arrays)
     return [_as_argument_lies(array) for array in arrays]
 
 
@@ -34,11 +36,14 @@ def _as_argument_lies(array: Array) -> Array:
     if order == tuple(range(array.ndim)) or not isinstance(array, jax.core.Tracer):
         return array
 
+    # `import jax` leaves it out.
+    from jax.experimental.layout import Layout, with_layout_constraint
+
     def laid_out(array: Array) -> Array:
-        found: Array = with_layout_constraint(  # type: ignore[no-untyped-call]
+        same: Array = with_layout_constraint(  # type: ignore[no-untyped-call]
             array, Layout(order)
         )
-        return found
+        return same
 
     constrained: Array = lax.platform_dependent(array, tpu=laid_out, default=lambda array: array)
     return constrained
