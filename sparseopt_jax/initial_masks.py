@@ -13,8 +13,7 @@ from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.group_selection import largest_of_groups
-from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.masks import Distribution, maskable_layers
+from sparseopt_jax.masks import Distribution
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import random_masks
@@ -71,18 +70,11 @@ def init_masks(
       (8, 4)
     """
     boxed, params = params, unboxed(params)
-    layers = maskable_layers(params, prunable, batch_axes)
-    axes = out_axes_of(
-        params,
-        out_axes,
-        batch_axes,
-        concerns=lambda path, p: path in layers and (p.ndim > 2 or structure is not None),
-    )
     plan = plan_of(
         params,
         distribution,
         prunable=prunable,
-        axes=axes,
+        out_axes=out_axes,
         batch_axes=batch_axes,
         structure=structure,
     )

@@ -11,8 +11,7 @@ import optax
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath
 from sparseopt_jax.explicit import in_auto_mode
-from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.masks import Distribution, maskable_layers
+from sparseopt_jax.masks import Distribution
 from sparseopt_jax.one_shot import largest_of_layers
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
@@ -94,18 +93,15 @@ def keep_top_k(
     check_structure(structure)
 
     def planned(params: PyTree, warn: bool) -> Plan:
-        layers = maskable_layers(params, prunable, batch_axes)
-        axes = out_axes_of(
-            params, out_axes, batch_axes, concerns=lambda path, _: warn and path in layers
-        )
         return plan_of(
             params,
             distribution,
             prunable=prunable,
-            axes=axes,
+            out_axes=out_axes,
             batch_axes=batch_axes,
             structure=structure,
             schedule=schedule,
+            warn=warn,
         )
 
     def init_fn(params: PyTree) -> KeepTopKState:

@@ -13,8 +13,7 @@ from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.group_selection import largest_of_groups
-from sparseopt_jax.layout import out_axes_of
-from sparseopt_jax.masks import Distribution, maskable_layers
+from sparseopt_jax.masks import Distribution
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
 from sparseopt_jax.selection import top_k_masks
@@ -70,23 +69,16 @@ def masks_from_scores(
       >>> tx = sx.sparse_training(optax.sgd(0.1), masks=masks, topology=sx.Static())
     """
     boxed, scores = scores, unboxed(scores)
-    layers = maskable_layers(scores, prunable, batch_axes, "scores")
-    axes = out_axes_of(
-        scores,
-        out_axes,
-        batch_axes,
-        concerns=lambda path, leaf: path in layers and (leaf.ndim > 2 or structure is not None),
-    )
     plan = plan_of(
         scores,
         distribution,
         prunable=prunable,
-        axes=axes,
+        out_axes=out_axes,
         batch_axes=batch_axes,
         structure=structure,
         argument="scores",
     )
-    leaves = {path: leaf for path, leaf in named_leaves(scores).items() if path in layers}
+    leaves = {path: leaf for path, leaf in named_leaves(scores).items() if path in plan.layers}
 
     def choose(leaves: dict[str, Array]) -> dict[str, Array]:
         return largest_of_layers(leaves, plan, plan.counts_of_scores(leaves))

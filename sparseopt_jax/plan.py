@@ -18,6 +18,7 @@ from sparseopt_jax.by_path import ByPath, grouped, layer_counts
 from sparseopt_jax.distributions import Global
 from sparseopt_jax.explicit import in_auto_mode
 from sparseopt_jax.layers import Layer, structure_of
+from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import Distribution, Layers, maskable_layers, shapes_by_name
 from sparseopt_jax.prunable import Prunable
 from sparseopt_jax.schedules import Schedule
@@ -154,13 +155,15 @@ def plan_of(
     distribution: ByPath[Distribution] | None,
     *,
     prunable: Prunable,
-    axes: AxesByPath,
-    batch_axes: AxesByPath = (),
+    out_axes: AxesByPath | None,
+    batch_axes: AxesByPath,
     structure: ByPath[Structure] | None = None,
     topology: ByPath[Topology] | None = None,
     schedule: Schedule | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     argument: str = "params",
+    of_neurons: bool = False,
+    warn: bool = True,
 ) -> Plan:
     """The plan of a tree without boxes.
 
@@ -168,19 +171,29 @@ def plan_of(
       params: the tree; only shapes matter.
       distribution: what gives the counts; None where the user gave masks.
       prunable: ``(path, leaf) -> bool``, which leaves may be sparse.
-      axes: which axes index neurons, as ``out_axes_of`` gives them.
+      out_axes: which axes index neurons, as users give it.
       batch_axes: which index the layers of a stack.
       structure: the layers' patterns.
       topology: of the layers, whose schedules count; None: ``schedule`` counts for all of them.
       schedule: the density's.
       given: how many weights the user's masks have in each layer of a leaf, by path.
       argument: what errors call the tree.
+      of_neurons: whether the neurons' axes matter where nothing here asks for them: distributions
+        ask for those of convolutions, structures for all.
+      warn: whether to warn of kernels that matter and whose axes nothing tells.
 
     Raises:
       TypeError: ``prunable`` chooses a leaf that is not floating.
       ValueError: nothing is prunable, or something does not fit the layers.
     """
     layers = maskable_layers(params, prunable, batch_axes, argument)
+    of_all = of_neurons or structure is not None
+    axes = out_axes_of(
+        params,
+        out_axes,
+        batch_axes,
+        concerns=lambda path, leaf: warn and path in layers and (of_all or leaf.ndim > 2),
+    )
     shapes = {path: leaf.shape for path, leaf in named_leaves(params).items() if path in layers}
     schedules = _schedules(list(layers), topology, schedule)
     structures = structure_of("structure", structure, list(layers))

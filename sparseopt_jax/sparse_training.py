@@ -40,13 +40,11 @@ from sparseopt_jax.frozen import frozen_leaves
 from sparseopt_jax.grown_warmup import GrownWarmup, as_warmup, interval_of, scaled_by_age
 from sparseopt_jax.initial_masks import draw_masks
 from sparseopt_jax.inner_optimizer import accepted, is_placeholder, map_copies, param_copies
-from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import (
     Distribution,
     apply_masks,
     counts_given,
     fitting,
-    maskable_layers,
 )
 from sparseopt_jax.plan import Plan, plan_of
 from sparseopt_jax.prunable import Prunable, default_prunable
@@ -188,20 +186,18 @@ def sparse_training(
         return [Regime(t, leaves, batch_axes) for t, leaves in groups if leaves]
 
     def planned(weights: PyTree, warn: bool = True) -> Plan:
-        layers = maskable_layers(weights, prunable, batch_axes)
-        axes = out_axes_of(
-            weights, out_axes, batch_axes, concerns=lambda path, _: warn and path in layers
-        )
         return plan_of(
             weights,
             distribution,
             prunable=prunable,
-            axes=axes,
+            out_axes=out_axes,
             batch_axes=batch_axes,
             structure=structure,
             topology=topology,
             schedule=schedule,
             given=given,
+            of_neurons=True,
+            warn=warn,
         )
 
     def init_fn(params: PyTree) -> SparseTrainingState:

@@ -12,7 +12,6 @@ from sparseopt_jax.arguments import check_distribution, check_topology
 from sparseopt_jax.axes import AxesByPath
 from sparseopt_jax.by_path import ByPath, grouped
 from sparseopt_jax.criteria import Momentum
-from sparseopt_jax.layout import out_axes_of
 from sparseopt_jax.masks import Distribution
 from sparseopt_jax.model_flops import ModelFLOPs
 from sparseopt_jax.plan import Plan, plan_of
@@ -94,13 +93,11 @@ def training_flops(
     check_topology(topology)
     check_schedule(schedule, topology, distribution, automatic=True)
     check_structure(structure, topology)
-    weights = unboxed(params)
-    axes = out_axes_of(weights, out_axes, batch_axes, concerns=prunable)
     plan = plan_of(
-        weights,
+        unboxed(params),
         distribution,
         prunable=prunable,
-        axes=axes,
+        out_axes=out_axes,
         batch_axes=batch_axes,
         structure=structure,
         topology=topology,
