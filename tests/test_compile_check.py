@@ -134,6 +134,28 @@ def check_communication(record):
     assert step["all-gather"]["bytes"] > 2**20
 
 
+COPIES = """
+import argparse, jax, jax.numpy as jnp
+from experiments.benchmarks import measuring, update_bytes
+from experiments.hlo import bytes_moved
+from sparseopt_jax.tpu_layouts import least_padded
+
+shapes = (7, 7, 3, 64), (1, 1, 256, 64), (3, 3, 64, 64), (512, 100)
+params = {str(shape): jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes}
+device = measuring.tpu(argparse.ArgumentParser(), "v5e:1x1")
+compiled = update_bytes.compile_update(update_bytes.PROGRAMS["rigl"], params, device)
+print(bytes_moved(compiled.as_text())["copy"])
+"""
+
+
+@on_linux_x86
+def test_a_tpu_copies_nothing_between_updates():
+    """Three of these shapes lie otherwise than by rows there; a scalar may be copied."""
+    done = run_with_libtpu("-c", COPIES)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
+
+
 TOPOLOGIES = """
 import dataclasses, sys
 from experiments import compile_check, mesh

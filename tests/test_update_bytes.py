@@ -8,7 +8,6 @@ import sparseopt_jax as sx
 from experiments.benchmarks import measuring, update_bytes
 from experiments.hlo import bytes_moved
 from sparseopt_jax.tpu_layouts import least_padded
-from tests.test_compile_check import on_linux_x86, run_with_libtpu
 
 # As a TPU's: an array fetched into vector memory (S(1)), two slices of another one, a loop that
 # does not run, a fusion that reads both and the loop's result, a copy, and the way back. As a
@@ -105,29 +104,6 @@ def test_the_state_of_resnet50():
     )
     added = len(jax.tree.leaves(state)) - len(jax.tree.leaves(dense_state))
     assert added == 2 * 54 + 3  # step, key, step of the last change
-
-
-COPIES = """
-import argparse, jax, jax.numpy as jnp
-from experiments.benchmarks import measuring, update_bytes
-from experiments.hlo import bytes_moved
-from sparseopt_jax.tpu_layouts import least_padded
-from tests.test_compile_check import on_linux_x86, run_with_libtpu
-
-shapes = (7, 7, 3, 64), (1, 1, 256, 64), (3, 3, 64, 64), (512, 100)
-params = {str(shape): jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes}
-device = measuring.tpu(argparse.ArgumentParser(), "v5e:1x1")
-compiled = update_bytes.compile_update(update_bytes.PROGRAMS["rigl"], params, device)
-print(bytes_moved(compiled.as_text())["copy"])
-"""
-
-
-@on_linux_x86
-def test_a_tpu_copies_nothing_between_updates():
-    """Three of these shapes lie otherwise than by rows there; a scalar may be copied."""
-    done = run_with_libtpu("-c", COPIES)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 100
 
 
 def test_the_order_of_axes_that_pads_least():
