@@ -2,7 +2,8 @@
 
 It takes the arguments of `experiments.train`, and trains `configs/digits.py` unless another config
 is named. Below the table of accuracies comes what needs no luck with seeds: the gradients that
-SparseOpt corrects (`mechanism`), and the weights and FLOPs that are left of each layer.
+SparseOpt corrects (`mechanism`), the weights and FLOPs that are left of each layer, and what a
+file of them takes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments import data, distributed, mechanism, metrics, train
+from experiments import data, distributed, export, mechanism, metrics, train
 from experiments.config import Config
 from experiments.functions import model_functions
 from experiments.reporting import plots
@@ -37,8 +38,8 @@ def ending(config: Config, folder: pathlib.Path, dataset: data.Data) -> str:
       dataset: what it was trained on.
 
     Returns:
-      The mechanism's slopes, the table of layers of the last sparse method, and what was written;
-      without a sparse method that there is none.
+      The mechanism's slopes, the table of layers of the last sparse run, the size of its compact
+      file beside the dense one, and what was written; without a sparse method that there is none.
     """
     if all(config.for_method(method).topology == "dense" for method in config.methods()):
         return "No method is sparse: there are no masks, and nothing to correct."
@@ -59,12 +60,14 @@ def ending(config: Config, folder: pathlib.Path, dataset: data.Data) -> str:
     shapes = {path: leaf.shape for path, leaf in metrics.path_leaves(model.weights[0]).items()}
     fan_ins = {path: sparse.fan_in[f"after/{path}"] for path in model.layers}
     active = sorted((path, fan_in.sum().item()) for path, fan_in in fan_ins.items())
-    who = f"{sparse.result['method']} seed {sparse.result['seed']}"
+    method, seed = sparse.result["method"], sparse.result["seed"]
+    run = folder / "runs" / f"{method}-seed{seed}"
     return "\n\n".join(
         [
             mechanism.table(slopes, neurons, len(seeds[0])),
-            f"Weights after training, and FLOPs of one image's forward pass: {who}\n"
+            f"Weights after training, and FLOPs of one image's forward pass: {method} seed {seed}\n"
             + layer_table(fan_ins, shapes, model.count_forward(tuple(active))),
+            export.export(run, folder / "model.compact"),
             f"{picture}\n{numbers}",
         ]
     )

@@ -155,7 +155,7 @@ def test_what_is_printed(finished):
     last, flops = runs[-1], runs[-1]["flops_per_example"]
     assert everything[1:3] == [f"{last['maskable_weights']:,}", f"{last['active_weights']:,}"]
     assert everything[-1] == f"{flops['forward'] / flops['forward_dense']:.3f}"
-    for name in ("mechanism.png", "mechanism.json"):
+    for name in ("mechanism.png", "mechanism.json", "model.compact"):
         assert str(folder / name) in text
     assert text.rstrip().endswith(f"run folder: {folder}")
     assert max(map(len, text.splitlines())) - len(str(folder)) < 100
