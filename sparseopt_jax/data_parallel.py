@@ -21,7 +21,8 @@ PyTree: TypeAlias = Any
 def active_counts(masks: PyTree) -> dict[str, int]:
     """How many weights of each sparse leaf are active, for ``psum_active``.
 
-    A layer keeps its number through all topology updates, so this is read once, before ``jit``.
+    A layer keeps its number through all topology updates, so this is read once, before ``jit``; but
+    along a density schedule (``Prune``, ``ACDC``) anew after each update, which compiles anew.
 
     Args:
       masks: concrete bool arrays; None for leaves without a mask.
