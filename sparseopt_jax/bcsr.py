@@ -27,10 +27,10 @@ def to_bcsr(params: PyTree, masks: PyTree, *, out_axes: AxesByPath | None = None
     A product then costs time for active weights alone, where ``bcsr_matmul`` or ``@`` reads the
     kernel. On CPUs jaxlib has a program of its own for it, in float32 and float64. What it saves
     depends on the machine, whose dense product it competes with: on two cores with AVX-512, layers
-    of 1024 to 4096 inputs and outputs and batches of 8 to 32, the dense product took 4.9 to 20
-    times as long at a sparsity of 0.99, 1.0 to 2.9 times at 0.95, and 0.6 to 1.5 at 0.9; for a
-    single example 2.8 to 9, 0.7 to 0.8 and 0.4. ``python -m experiments.benchmarks.bcsr`` prints
-    that table for the machine at hand. There is nothing to gain on other devices, nor from
+    of 1024 and 2048 inputs and outputs and batches of 8 to 32, the dense product took 3.2 to 6.4
+    times as long at a sparsity of 0.99, 1.0 to 2.1 times at 0.95, and 0.4 to 1.2 at 0.9; for a
+    single example 3.4 to 3.9, 0.6 to 0.7 and 0.3 to 0.4. ``python -m experiments.benchmarks.bcsr``
+    prints that table for the machine at hand. There is nothing to gain on other devices, nor from
     convolutions, which stay as they are.
 
     Args:

@@ -31,6 +31,7 @@ from sparseopt_jax.settings import (
     as_int,
     as_number,
     as_step,
+    as_total_steps,
     check_function,
     keep,
 )
@@ -385,8 +386,7 @@ class RigL(_DropAndGrow):
 
 def check_steps(topology: Any) -> None:
     """Checks the steps of a topology, and keeps them as ints."""
-    if topology.total_steps is not None:
-        keep(topology, total_steps=as_int("total_steps", topology.total_steps, 1, MOST_STEPS))
+    keep(topology, total_steps=as_total_steps(topology.total_steps))
     keep(
         topology,
         interval=as_int("interval", topology.interval, 1, MOST_STEPS),

@@ -17,7 +17,15 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from sparseopt_jax.settings import MOST_STEPS, as_int, as_number, as_step, check_function, keep
+from sparseopt_jax.settings import (
+    MOST_STEPS,
+    as_int,
+    as_number,
+    as_step,
+    as_total_steps,
+    check_function,
+    keep,
+)
 
 Array: TypeAlias = jax.Array
 
@@ -91,8 +99,7 @@ class _FromTo(Schedule):
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.total_steps is not None:
-            keep(self, total_steps=as_int("total_steps", self.total_steps, 1, MOST_STEPS))
+        keep(self, total_steps=as_total_steps(self.total_steps))
         keep(
             self,
             begin_step=as_step("begin_step", self.begin_step, self.total_steps),
@@ -197,8 +204,7 @@ class OneShot(Schedule):
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.total_steps is not None:
-            keep(self, total_steps=as_int("total_steps", self.total_steps, 1, MOST_STEPS))
+        keep(self, total_steps=as_total_steps(self.total_steps))
         keep(
             self,
             step=as_step("step", self.step, self.total_steps),

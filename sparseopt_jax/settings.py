@@ -110,6 +110,11 @@ def check_function(name: str, function: Any, *arguments: str, or_none: bool = Fa
         raise TypeError(f"{name} must be {wanted}, got {function!r}: {error}") from None
 
 
+def as_total_steps(value: Any) -> int | None:
+    """``total_steps`` as an int from 1, or None."""
+    return None if value is None else as_int("total_steps", value, 1, MOST_STEPS)
+
+
 def as_step(name: str, value: Any, total_steps: int | None = None, at_least: int = 0) -> int:
     """A step, which is counted in int32; a float is a share of ``total_steps``.
 

@@ -12,9 +12,9 @@ if importlib.util.find_spec("flax") is None:
 
 from sparseopt_jax.models.layers import he_normal as he_normal
 from sparseopt_jax.models.mlp import MLP as MLP
+from sparseopt_jax.models.named_resnets import ResNet8 as ResNet8
+from sparseopt_jax.models.named_resnets import ResNet18 as ResNet18
+from sparseopt_jax.models.named_resnets import ResNet20 as ResNet20
+from sparseopt_jax.models.named_resnets import ResNet50 as ResNet50
+from sparseopt_jax.models.named_resnets import SmallResNet as SmallResNet
 from sparseopt_jax.models.resnet import ResNet as ResNet
-from sparseopt_jax.models.resnet import ResNet8 as ResNet8
-from sparseopt_jax.models.resnet import ResNet18 as ResNet18
-from sparseopt_jax.models.resnet import ResNet20 as ResNet20
-from sparseopt_jax.models.resnet import ResNet50 as ResNet50
-from sparseopt_jax.models.resnet import SmallResNet as SmallResNet
